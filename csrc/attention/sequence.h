@@ -1,0 +1,86 @@
+// Where one sequence of the batch lies, which of its rows count and which keys each query sees. Everything read from
+// device memory is clamped here, never trusted, so a wrong cu_seqlens or range cannot reach outside the tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/platform.h"
+#include "params.h"
+
+namespace hf_flash {
+
+HF_FLASH_HOST_DEVICE int32_t clamp(int64_t value, int64_t low, int64_t high) {
+  return static_cast<int32_t>(value < low ? low : (value > high ? high : value));
+}
+
+// Half-open range of key columns.
+struct KeyRange {
+  int32_t begin;
+  int32_t end;
+  HF_FLASH_HOST_DEVICE bool empty() const { return begin >= end; }
+};
+
+struct Sequence {
+  int64_t first_q;  // row of q's storage where this sequence starts; 0 in a padded batch
+  int64_t first_k;
+  int32_t len_q;  // rows of this sequence, Sq in a padded batch
+  int32_t len_k;
+  int32_t query_begin;  // rows outside [query_begin, query_end) are not computed
+  int32_t query_end;
+  int32_t key_begin;
+  int32_t key_end;
+  int32_t offset;  // query i stands at key position i + offset
+
+  HF_FLASH_HOST_DEVICE Sequence(const AttentionParams& p, int32_t b) {
+    if (p.cu_seqlens_q != nullptr) {
+      const int32_t begin_q = clamp(p.cu_seqlens_q[b], 0, p.total_q);
+      const int32_t begin_k = clamp(p.cu_seqlens_k[b], 0, p.total_k);
+      first_q = begin_q;
+      first_k = begin_k;
+      len_q = clamp(clamp(p.cu_seqlens_q[b + 1], begin_q, p.total_q) - begin_q, 0, p.seqlen_q);
+      len_k = clamp(clamp(p.cu_seqlens_k[b + 1], begin_k, p.total_k) - begin_k, 0, p.seqlen_k);
+    } else {
+      first_q = first_k = 0;
+      len_q = p.seqlen_q;
+      len_k = p.seqlen_k;
+    }
+    query_begin = p.query_range ? clamp(p.query_range[2 * b], 0, len_q) : 0;
+    query_end = p.query_range ? clamp(p.query_range[2 * b + 1], query_begin, len_q) : len_q;
+    key_begin = p.key_range ? clamp(p.key_range[2 * b], 0, len_k) : 0;
+    key_end = p.key_range ? clamp(p.key_range[2 * b + 1], key_begin, len_k) : len_k;
+    // An offset beyond the two lengths shows the same keys as the nearest one that is still in reach of every sum.
+    offset = p.query_offset ? clamp(p.query_offset[b], -(1 << 29), 1 << 29) : len_k - len_q;
+  }
+
+  HF_FLASH_HOST_DEVICE bool computes(int32_t i) const { return i >= query_begin && i < query_end; }
+
+  // The keys that rows [row_begin, row_end) can see between them; with row_end = row_begin + 1, those of one row.
+  HF_FLASH_HOST_DEVICE KeyRange keys_of(const AttentionParams& p, int32_t row_begin, int32_t row_end) const {
+    int64_t begin = key_begin, end = key_end;
+    if (p.window_left >= 0) {
+      const int64_t first = int64_t(row_begin) + offset - p.window_left;
+      begin = first > begin ? first : begin;
+    }
+    if (p.window_right >= 0) {
+      const int64_t last = int64_t(row_end) - 1 + offset + p.window_right + 1;
+      end = last < end ? last : end;
+    }
+    return {clamp(begin, 0, len_k), clamp(end, 0, len_k)};
+  }
+
+  // The rows that can see some key of [col_begin, col_end).
+  HF_FLASH_HOST_DEVICE KeyRange queries_of(const AttentionParams& p, int32_t col_begin, int32_t col_end) const {
+    int64_t begin = query_begin, end = query_end;
+    if (p.window_right >= 0) {  // j <= i + offset + right
+      const int64_t first = int64_t(col_begin) - offset - p.window_right;
+      begin = first > begin ? first : begin;
+    }
+    if (p.window_left >= 0) {  // j >= i + offset - left
+      const int64_t last = int64_t(col_end) - 1 - offset + p.window_left + 1;
+      end = last < end ? last : end;
+    }
+    return {clamp(begin, 0, len_q), clamp(end, 0, len_q)};
+  }
+};
+
+}  // namespace hf_flash

@@ -1,0 +1,20 @@
+// What the bindings call on a GPU. Chooses the architecture's folder from the device that is current.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace hf_flash::cuda {
+
+// stream is a cudaStream_t of the current device. Each throws std::runtime_error with CUDA's own words on failure.
+void forward(const AttentionParams& params, void* stream);
+
+// Bytes of params.workspace that backward() needs; params.row_sum comes on top of it.
+int64_t backward_workspace(const AttentionParams& params);
+void backward(const AttentionParams& params, void* stream);
+
+// row_sum[b, h, i] = sum over Dv of dout * out, minus dlse.
+void row_sum(const AttentionParams& params, void* stream);
+
+}  // namespace hf_flash::cuda
