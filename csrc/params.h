@@ -57,7 +57,7 @@ struct AttentionParams {
   Scores mask;                  // (B|1, Hq|1, Sq|1, Sk|1), bool (one byte), true = visible
   const float* alibi_slopes = nullptr;  // (Hq) or (B, Hq); the batch stride is below
   int64_t alibi_batch_stride = 0;       // 0 for (Hq)
-  const float* sink = nullptr;          // (Hq), float32 whatever the caller's dtype was
+  const void* sink = nullptr;           // (Hq), float32, or float64 when q is float64; in natural units
 
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1), packed batches only
   const int32_t* cu_seqlens_k = nullptr;  // (B + 1)
