@@ -17,4 +17,7 @@ void backward(const AttentionParams& params, void* stream);
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse.
 void row_sum(const AttentionParams& params, void* stream);
 
+// mask (planes, rows, cols) of dropout.h, plane = batch * Hq + h; seed points to one value on the device.
+void dropout_mask(bool* mask, const int64_t* seed, int64_t planes, int64_t rows, int64_t cols, int keep, void* stream);
+
 }  // namespace hf_flash::cuda

@@ -18,6 +18,13 @@ void forward(const AttentionParams& params, ParallelFor parallel_for);
 // Bytes of params.workspace that backward() needs; params.row_sum comes on top of it.
 int64_t backward_workspace(const AttentionParams& params);
 
+// row_sum[b, h, i] = sum over Dv of dout * out, minus dlse.
+void row_sum(const AttentionParams& params, ParallelFor parallel_for);
+
+// mask (planes, rows, cols) of dropout.h, plane = batch * Hq + h; seed points to one value.
+void dropout_mask(bool* mask, const int64_t* seed, int64_t planes, int64_t rows, int64_t cols, int keep,
+                  ParallelFor parallel_for);
+
 // Writes dq, dk, dv, and dbias and dsink where their pointers are set. The same bits on every run.
 void backward(const AttentionParams& params, ParallelFor parallel_for);
 
