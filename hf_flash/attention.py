@@ -1,0 +1,178 @@
+"""``flash_attention``: exact attention in linear memory, with everything that the models put into the score.
+
+The algorithm is FlashAttention's (Dao et al., https://arxiv.org/abs/2205.14135); ``hf_flash/reference.py`` states in
+plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+
+import torch
+
+from . import ops, support
+
+__all__ = ["dropout_keep", "flash_attention"]
+
+# HF_FLASH_CHECK=1: read the values of cu_seqlens and ranges back from the device before each call and raise on bad ones.
+CHECK_VALUES = os.environ.get("HF_FLASH_CHECK", "0") == "1"
+
+
+def dropout_keep(dropout_p: float) -> int:
+    """Of 256 probabilities how many are kept at rate ``dropout_p``; kept values are scaled by 256 over this number.
+
+    >>> dropout_keep(0.1)
+    230
+    """
+    keep = min(256, max(1, math.floor(256 * (1 - dropout_p) + 0.5)))
+    if keep == 256 and dropout_p > 0:
+        warnings.warn(
+            f"hf_flash: dropout_p={dropout_p} rounds to no dropout; the rate is kept in steps of 1/256, so the smallest "
+            "one is 0.00196",
+            stacklevel=3,
+        )
+    return keep
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    key_range: torch.Tensor | None = None,
+    query_range: torch.Tensor | None = None,
+    query_offset: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax attention without the S x S matrix; differentiable once in q, k, v, bias and sink.
+
+    Args:
+        q: ``(B, Sq, Hq, D)``, or packed ``(T, Hq, D)`` with ``cu_seqlens``. D is a multiple of 8 up to 256.
+        k: ``(B, Sk, Hk, D)`` or ``(T, Hk, D)``; Hq is a multiple of Hk (grouped-query attention).
+        v: ``(B, Sk, Hk, Dv)`` or ``(T, Hk, Dv)``. A last dimension that is not contiguous is copied.
+        scale: factor of ``q @ k``; default ``1 / sqrt(D)``.
+        causal: same as ``window_right = 0``.
+        window: ``(left, right)``: query i sees key j when ``-left <= j - position(i) <= right``; -1 is unlimited.
+        softcap: ``c > 0`` replaces a score s by ``c * tanh(s / c)``.
+        bias: added to the scores; float32 or q's dtype, broadcasts to ``(B, Hq, Sq, Sk)``; -inf hides a key.
+        mask: bool, broadcasts to ``(B, Hq, Sq, Sk)``, True where a key is visible.
+        alibi_slopes: float32 ``(Hq,)`` or ``(B, Hq)``; adds ``-slope * |position(i) - j|`` (Press et al.,
+            https://arxiv.org/abs/2108.12409). No gradient.
+        sink: ``(Hq,)``, float32 or q's dtype: one more logit in each row's softmax, without a value.
+        dropout_p: probability of dropping a softmax weight, 0 <= p < 1, in steps of 1/256.
+        dropout_seed: int64 ``(1,)`` on q's device; default: drawn from torch's generator for that device.
+        key_range: int32 ``(B, 2)``: keys of batch entry b outside ``[begin, end)`` are never used.
+        query_range: int32 ``(B, 2)``: rows outside are not computed: out 0, lse -inf, gradients 0.
+        query_offset: int32 ``(B,)``: ``position(i) = i + query_offset[b]``; default Sk - Sq (bottom-right).
+        cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises.
+        deterministic: gradients with the same bits on every run; None follows
+            ``torch.are_deterministic_algorithms_enabled()``.
+        return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of
+            exponentials, float32 (float64 for float64 inputs); differentiable.
+
+    Returns:
+        out ``(B, Sq, Hq, Dv)`` or ``(T, Hq, Dv)`` in q's dtype, or ``(out, lse)``. A row that sees no key has out 0
+        and lse -inf (or the sink).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the sentence names it, its value and what is allowed.
+        NotImplementedError: no kernel serves this dtype, head dimension or device.
+    """
+    reason = support.unsupported(
+        q, k, v, scale=scale, window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes,
+        sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed, key_range=key_range, query_range=query_range,
+        query_offset=query_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    if reason is not None:
+        raise reason.exception()
+    if cu_seqlens_q is not None:
+        max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+    if CHECK_VALUES:
+        _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    keep = dropout_keep(dropout_p) if dropout_p > 0 else 256
+    if keep == 256:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device, dtype=torch.int64)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    call = ops.Call(
+        mask=_four_dimensions(mask),
+        alibi_slopes=_contiguous(alibi_slopes),
+        cu_seqlens_q=_contiguous(cu_seqlens_q),
+        cu_seqlens_k=_contiguous(cu_seqlens_k),
+        key_range=_contiguous(key_range),
+        query_range=_contiguous(query_range),
+        query_offset=_contiguous(query_offset),
+        dropout_seed=dropout_seed,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        window_left=window[0],
+        window_right=0 if causal else window[1],
+        dropout_keep=keep,
+        max_seqlen_q=max_seqlen_q or 0,
+        max_seqlen_k=max_seqlen_k or 0,
+        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    )
+    sink = None if sink is None else sink.to(accumulator).contiguous()
+    out, lse = ops.attention(q, k, v, _four_dimensions(bias), sink, call)
+    return (out, lse) if return_lse else out
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _four_dimensions(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.dim() == 4 else t[(None,) * (4 - t.dim())]
+
+
+def _longest(cu_seqlens: torch.Tensor) -> int:
+    return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.numel() > 1 else 0
+
+
+def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    """What kernels clamp in silence raises here. Synchronises with the device."""
+    for name, t, length in (("key_range", key_range, k.shape[1]), ("query_range", query_range, q.shape[1])):
+        if t is None:
+            continue
+        for b, (begin, end) in enumerate(t.tolist()):
+            if not 0 <= begin <= end <= length:
+                raise ValueError(
+                    f"hf_flash: `{name}`[{b}] is ({begin}, {end}); it must satisfy 0 <= begin <= end <= {length}"
+                )
+    for name, t, total, longest in (
+        ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
+        ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
+    ):
+        if t is None:
+            continue
+        bounds = t.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > total:
+            raise ValueError(
+                f"hf_flash: `cu_seqlens_{name}` is {bounds}; it must start at 0, never decrease and end at most at {total}"
+            )
+        lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        if max(lengths, default=0) > longest:
+            raise ValueError(
+                f"hf_flash: `max_seqlen_{name}` is {longest}, but cu_seqlens_{name} has a sequence of {max(lengths)} rows"
+            )

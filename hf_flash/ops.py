@@ -1,0 +1,151 @@
+"""The compiled operators as torch sees them: loading, shapes without data, and autograd.
+
+``torch.ops.hf_flash.forward`` and ``backward`` come from ``csrc/bindings.cpp``. ``attention`` below puts one
+``torch.autograd.Function`` around them, which costs a call less host time than ``torch.library.register_autograd``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_FOLDER = Path(__file__).parent
+LIBRARIES: dict[str, str] = {}  # which library was loaded, or the sentence why not, under "cpu" and "cuda"
+
+
+def _load() -> None:
+    cpu = _FOLDER / "_cpu.abi3.so"
+    if not cpu.exists():
+        raise ImportError(
+            f"hf_flash is not built: {cpu} is missing. Install it with `pip install .` from the repository, or build "
+            "in place with `pip install --no-build-isolation -e .`."
+        )
+    torch.ops.load_library(cpu)
+    LIBRARIES["cpu"] = str(cpu)
+    cuda = _FOLDER / "_cuda.abi3.so"
+    if torch.version.cuda is None:
+        LIBRARIES["cuda"] = "not loaded: this torch was built without CUDA"
+    elif not cuda.exists():
+        LIBRARIES["cuda"] = (
+            "not loaded: hf_flash was built without CUDA; install a CUDA toolkit (nvcc) or `pip install "
+            "nvidia-cuda-nvcc`, then `HF_FLASH_CUDA=1 pip install --force-reinstall --no-deps .`"
+        )
+    else:
+        try:
+            torch.ops.load_library(cuda)
+            LIBRARIES["cuda"] = str(cuda)
+        except OSError as error:
+            LIBRARIES["cuda"] = f"not loaded: {error}"
+
+
+_load()
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether operator ``name`` has a compiled kernel for ``device_type`` ("cpu" or "cuda")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_flash::{name}", device_type.upper())
+
+
+class Call(NamedTuple):
+    """What an attention call has besides q, k, v, bias and sink; in the operator schema's order.
+
+    ``None`` tensors are absent. Everything here takes no gradient.
+    """
+
+    mask: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    query_range: torch.Tensor | None = None
+    query_offset: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    window_left: int = -1
+    window_right: int = -1
+    dropout_keep: int = 256
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    deterministic: bool = False
+
+
+_TENSORS = 8  # the leading fields of Call that are tensors
+
+
+def _forward(q, k, v, bias, sink, call):
+    mask, alibi_slopes, *rest = call
+    return torch.ops.hf_flash.forward.default(q, k, v, bias, mask, alibi_slopes, sink, *rest)
+
+
+class _Attention(torch.autograd.Function):
+    """Forward and backward of the operator; lse takes a gradient too."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sink, *call):
+        out, lse = _forward(q, k, v, bias, sink, call)
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *call[:_TENSORS])
+        ctx.scalars = call[_TENSORS:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, bias, sink, out, lse, mask, alibi_slopes, *rest = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        need_dbias, need_dsink = ctx.needs_input_grad[3:5]
+        dq, dk, dv, dbias, dsink = torch.ops.hf_flash.backward.default(
+            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
+        )
+        return dq, dk, dv, dbias, dsink, *(None,) * len(Call._fields)
+
+
+def attention(q, k, v, bias, sink, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the operator; differentiable in q, k, v, bias, sink and through both results.
+
+    Shapes as in :func:`hf_flash.flash_attention`; arguments are taken as they are, its checks come before.
+    Returns ``(out, lse)``.
+    """
+    tensors = (q, k, v, bias, sink)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Attention.apply(q, k, v, bias, sink, *call)
+    return _forward(q, k, v, bias, sink, call)
+
+
+def _row_values(q, cu_seqlens_q):
+    """Shape of lse and of the row sums: (B, Hq, Sq), packed (Hq, T)."""
+    return (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
+
+
+def _accumulator(q):
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("hf_flash::forward")
+def _(q, k, v, bias, mask, alibi_slopes, sink, cu_seqlens_q, *rest):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(_row_values(q, cu_seqlens_q), dtype=_accumulator(q))
+
+
+@torch.library.register_fake("hf_flash::backward")
+def _(dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest):
+    need_dbias, need_dsink = rest[-2:]
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias and bias is not None else None
+    dsink = sink.new_empty(sink.shape) if need_dsink and sink is not None else None
+    return *(t.new_empty(t.shape) for t in (q, k, v)), dbias, dsink
+
+
+@torch.library.register_fake("hf_flash::row_sum")
+def _(dout, out, dlse):
+    packed = out.dim() == 3
+    shape = (out.shape[1], out.shape[0]) if packed else (out.shape[0], out.shape[2], out.shape[1])
+    return out.new_empty(shape, dtype=_accumulator(out))
+
+
+@torch.library.register_fake("hf_flash::dropout_mask")
+def _(seed, batch, heads, seqlen_q, seqlen_k, keep):
+    return seed.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.bool)

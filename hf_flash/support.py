@@ -1,0 +1,193 @@
+"""Can this call run here? ``None``, or a reason with a stable code and a sentence that says why not and what to do.
+
+:func:`unsupported` is asked by :func:`hf_flash.flash_attention`, which raises, and by the Transformers backend, which
+falls back and reports. ``csrc/bindings.h`` repeats the checks that protect memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import ops
+
+MAX_HEAD_DIM = 256
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+_CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Unsupported(NamedTuple):
+    """Why a call cannot run: a stable ``code``, a ``sentence`` for people, the exception type it deserves."""
+
+    code: str
+    sentence: str
+    error: type[Exception] = NotImplementedError
+
+    def exception(self) -> Exception:
+        return self.error(f"hf_flash [{self.code}]: {self.sentence}")
+
+
+def _value(sentence: str) -> Unsupported:
+    return Unsupported("ARGUMENT", sentence, ValueError)
+
+
+def _type(sentence: str) -> Unsupported:
+    return Unsupported("ARGUMENT", sentence, TypeError)
+
+
+@torch.compiler.assume_constant_result
+def device_reason(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[str, str] | None:
+    """(code, sentence) when no kernel serves ``dtype`` on this device; None when one does."""
+    name = str(dtype).removeprefix("torch.")
+    if device_type == "cpu":
+        if dtype in _CPU_DTYPES:
+            return None
+        return "DTYPE", f"q has dtype {name}; the CPU kernel takes float16, bfloat16, float32 and float64"
+    if device_type != "cuda":
+        return "DEVICE", f"q is on device {device_type!r}; kernels exist for 'cpu' and 'cuda'; move the tensors there"
+    if not ops.has_kernel("forward", "cuda"):
+        why = ops.LIBRARIES["cuda"]
+        return "NO_KERNEL", (
+            why if why.startswith("not loaded") else "this build has no attention kernel for CUDA tensors yet; use sdpa"
+        )
+    if dtype not in _CUDA_DTYPES:
+        code = "FP32" if dtype == torch.float32 else "DTYPE"
+        return code, (
+            f"q has dtype {name}; the CUDA kernels take float16 and bfloat16: load the model in one of them or train "
+            "under torch.autocast"
+        )
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < (8, 0):
+        return "ARCH", (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer"
+        )
+    return None
+
+
+def _rows(q, k, v, packed: bool) -> Unsupported | None:
+    """Shapes, dtypes and devices of q, k and v."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor")
+        if t.dim() != (3 if packed else 4):
+            layout = "(T, H, D) because cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
+            return _value(f"`{name}` has shape {tuple(t.shape)}; it must be {layout}")
+        if t.device != q.device:
+            return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move them to one device")
+        if t.dtype != q.dtype:
+            return _type(f"`{name}` has dtype {t.dtype} but `q` {q.dtype}; cast them to one dtype")
+    if k.shape[:-1] != v.shape[:-1]:
+        return _value(f"`k` {tuple(k.shape)} and `v` {tuple(v.shape)} must agree in all but the last dimension")
+    if not packed and k.shape[0] != q.shape[0]:
+        return _value(f"`k` has batch size {k.shape[0]} but `q` {q.shape[0]}; expand the smaller one")
+    if k.shape[-1] != q.shape[-1]:
+        return _value(f"`k` has head_dim {k.shape[-1]} but `q` {q.shape[-1]}; they must be equal")
+    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    if heads_k == 0 or heads_q % heads_k:
+        return _value(f"`q` has {heads_q} heads, which is not a multiple of the {heads_k} heads of `k` and `v`")
+    for name, t in (("q", q), ("v", v)):
+        d = t.shape[-1]
+        if d % 8 or not 0 < d <= MAX_HEAD_DIM:
+            return Unsupported(
+                "HEAD_DIM",
+                f"`{name}` has head_dim {d}; allowed is a multiple of 8 from 8 to {MAX_HEAD_DIM}; pad the last "
+                "dimension with zeros and pass the scale explicitly",
+                ValueError,
+            )
+    return None
+
+
+def _vector(name, t, q, dtypes, shapes) -> Unsupported | None:
+    """A small tensor argument: dtype, device and one of the allowed shapes."""
+    if t is None:
+        return None
+    if not isinstance(t, torch.Tensor):
+        return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor or None")
+    if t.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return _type(f"`{name}` has dtype {t.dtype}; allowed is {allowed}")
+    if t.device != q.device:
+        return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move it there")
+    if tuple(t.shape) not in shapes:
+        allowed = " or ".join(str(s) for s in shapes)
+        return _value(f"`{name}` has shape {tuple(t.shape)}; allowed is {allowed}")
+    return None
+
+
+def _scores(name, t, q, dtypes, full) -> Unsupported | None:
+    """bias and mask: dtype, device and broadcasting to (B, Hq, Sq, Sk)."""
+    if t is None:
+        return None
+    if not isinstance(t, torch.Tensor):
+        return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor or None")
+    if t.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        other = "mask" if name == "bias" else "bias"
+        return _type(f"`{name}` has dtype {t.dtype}; allowed is {allowed}; other dtypes may belong into `{other}`")
+    if t.device != q.device:
+        return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move it there")
+    missing = 4 - t.dim()
+    if missing < 0 or any(size != 1 and size != want for size, want in zip(t.shape, full[missing:], strict=True)):
+        return _value(f"`{name}` has shape {tuple(t.shape)}, which does not broadcast to (B, Hq, Sq, Sk) = {full}")
+    return None
+
+
+def _scalars(window, softcap, scale, dropout_p) -> Unsupported | None:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        return _type(f"`window` is {window!r}; it must be a pair (left, right) of integers, -1 meaning unlimited")
+    if window[0] < -1 or window[1] < -1:
+        return _value(f"`window` is {tuple(window)}; left and right must be -1 (unlimited) or at least 0")
+    if softcap < 0:
+        return _value(f"`softcap` is {softcap}; it must be positive, or 0 for none")
+    if scale is not None and not scale > 0:
+        return _value(f"`scale` is {scale}; it must be positive (None means 1 / sqrt(head_dim))")
+    if not 0 <= dropout_p < 1:
+        return _value(f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1")
+    return None
+
+
+def unsupported(
+    q, k, v, *, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
+    sink=None, dropout_p=0.0, dropout_seed=None, key_range=None, query_range=None, query_offset=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None,
+) -> Unsupported | None:  # fmt: skip
+    """Reason why :func:`hf_flash.flash_attention` cannot take this call, or None. Arguments as there."""
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        return _value("`cu_seqlens_q` and `cu_seqlens_k` must be given together; self-attention passes one tensor twice")
+    reason = _rows(q, k, v, packed) or _scalars(window, softcap, scale, dropout_p)
+    if reason:
+        return reason
+    device = device_reason(q.device.type, q.device.index, q.dtype)
+    if device is not None:
+        return Unsupported(device[0], device[1])
+    extras = (bias, mask, alibi_slopes, sink, dropout_seed, key_range, query_range, query_offset, cu_seqlens_q)
+    if all(t is None for t in extras):
+        return None
+    batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
+    heads = q.shape[-2]
+    ints, longs, floats = (torch.int32,), (torch.int64,), (torch.float32,)
+    own = (torch.float32,) if q.dtype == torch.float32 else (q.dtype, torch.float32)
+    if packed:
+        if key_range is not None or query_range is not None:
+            return _value("`key_range` and `query_range` do not go with `cu_seqlens_q`: shorten the sequences instead")
+        if batch < 0 or cu_seqlens_q.dim() != 1:
+            return _value(f"`cu_seqlens_q` has shape {tuple(cu_seqlens_q.shape)}; it must be (B + 1,)")
+    full = (batch, heads, max_seqlen_q if packed else q.shape[1], max_seqlen_k if packed else k.shape[1])
+    if packed and (max_seqlen_q is None or max_seqlen_k is None):
+        full = (batch, heads, "max_seqlen_q", "max_seqlen_k")
+        if bias is not None or mask is not None:
+            return _value("`bias` and `mask` in a packed batch need `max_seqlen_q` and `max_seqlen_k`; pass both")
+    return (
+        _vector("cu_seqlens_q", cu_seqlens_q, q, ints, ((batch + 1,),))
+        or _vector("cu_seqlens_k", cu_seqlens_k, q, ints, ((batch + 1,),))
+        or _vector("key_range", key_range, q, ints, ((batch, 2),))
+        or _vector("query_range", query_range, q, ints, ((batch, 2),))
+        or _vector("query_offset", query_offset, q, ints, ((batch,),))
+        or _vector("alibi_slopes", alibi_slopes, q, floats, ((heads,), (batch, heads)))
+        or _vector("sink", sink, q, own, ((heads,),))
+        or _vector("dropout_seed", dropout_seed, q, longs, ((1,), ()))
+        or _scores("bias", bias, q, own, full)
+        or _scores("mask", mask, q, (torch.bool,), full)
+    )
