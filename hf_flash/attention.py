@@ -16,7 +16,7 @@ from . import ops, support
 
 __all__ = ["dropout_keep", "flash_attention"]
 
-# HF_FLASH_CHECK=1: read the values of cu_seqlens and ranges back from the device before each call and raise on bad ones.
+# HF_FLASH_CHECK=1: read cu_seqlens and ranges back from the device before each call and raise on bad values.
 CHECK_VALUES = os.environ.get("HF_FLASH_CHECK", "0") == "1"
 
 
@@ -29,8 +29,8 @@ def dropout_keep(dropout_p: float) -> int:
     keep = min(256, max(1, math.floor(256 * (1 - dropout_p) + 0.5)))
     if keep == 256 and dropout_p > 0:
         warnings.warn(
-            f"hf_flash: dropout_p={dropout_p} rounds to no dropout; the rate is kept in steps of 1/256, so the smallest "
-            "one is 0.00196",
+            f"hf_flash: dropout_p={dropout_p} rounds to no dropout; the rate is kept in steps of 1/256, so the "
+            "smallest one is 0.00196",
             stacklevel=3,
         )
     return keep
@@ -169,10 +169,10 @@ def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_
         bounds = t.tolist()
         if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > total:
             raise ValueError(
-                f"hf_flash: `cu_seqlens_{name}` is {bounds}; it must start at 0, never decrease and end at most at {total}"
+                f"hf_flash: `cu_seqlens_{name}` is {bounds}; it must start at 0, never decrease and not exceed {total}"
             )
         lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         if max(lengths, default=0) > longest:
             raise ValueError(
-                f"hf_flash: `max_seqlen_{name}` is {longest}, but cu_seqlens_{name} has a sequence of {max(lengths)} rows"
+                f"hf_flash: `max_seqlen_{name}` is {longest}; cu_seqlens_{name} has a sequence of {max(lengths)} rows"
             )

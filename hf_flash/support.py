@@ -71,7 +71,7 @@ def _rows(q, k, v, packed: bool) -> Unsupported | None:
         if not isinstance(t, torch.Tensor):
             return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor")
         if t.dim() != (3 if packed else 4):
-            layout = "(T, H, D) because cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
+            layout = "(T, H, D) as cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
             return _value(f"`{name}` has shape {tuple(t.shape)}; it must be {layout}")
         if t.device != q.device:
             return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move them to one device")
@@ -155,7 +155,7 @@ def unsupported(
     """Reason why :func:`hf_flash.flash_attention` cannot take this call, or None. Arguments as there."""
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
-        return _value("`cu_seqlens_q` and `cu_seqlens_k` must be given together; self-attention passes one tensor twice")
+        return _value("`cu_seqlens_q` and `cu_seqlens_k` go together; self-attention passes one tensor twice")
     reason = _rows(q, k, v, packed) or _scalars(window, softcap, scale, dropout_p)
     if reason:
         return reason
