@@ -1,0 +1,193 @@
+// From raw products q.k in accumulators to scores in units of log2: scale, softcap, ALiBi, bias, bool mask; and what the
+// ranges and the window hide. TRANSPOSED: the accumulator's rows are keys and its columns queries, as in the backward.
+#pragma once
+
+#include <math_constants.h>
+
+#include "attention/sequence.h"
+#include "instructions/arithmetic.cuh"
+#include "tile/fragment.cuh"
+
+namespace hf_flash {
+
+// Sets to -inf what lies outside the ranges and the window. The accumulator's corner is (query i0, key j0), relative to
+// the sequence. Only tiles at a boundary need it.
+template <bool TRANSPOSED, int ROWS, int COLS>
+__device__ __forceinline__ void hide_invisible(Accumulator<ROWS, COLS>& s, const AttentionParams& p,
+                                               const Sequence& sequence, int i0, int j0) {
+#pragma unroll
+  for (int r = 0; r < RowVector<ROWS>::kCount; ++r) {
+    const int row = (TRANSPOSED ? j0 : i0) + RowVector<ROWS>::row(r);
+    const bool inside = TRANSPOSED ? row >= sequence.key_begin && row < sequence.key_end : sequence.computes(row);
+    KeyRange seen = TRANSPOSED ? sequence.queries_of(p, row, row + 1) : sequence.keys_of(p, row, row + 1);
+    const uint32_t count = inside && !seen.empty() ? seen.end - seen.begin : 0;
+    const int first = (TRANSPOSED ? i0 : j0) + lane_col() - seen.begin;
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (static_cast<uint32_t>(first + 8 * n + e) >= count) s.x[r / 2][n][2 * (r % 2) + e] = -CUDART_INF_F;
+      }
+    }
+  }
+}
+
+// Does every query of [row_begin, row_end) see every key of [col_begin, col_end)? Then hide_invisible has nothing to do.
+__device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequence& sequence, int row_begin,
+                                            int row_end, int col_begin, int col_end) {
+  return row_begin >= sequence.query_begin && row_end <= sequence.query_end &&
+         col_begin >= sequence.keys_of(p, row_end - 1, row_end).begin &&
+         col_end <= sequence.keys_of(p, row_begin, row_begin + 1).end;
+}
+
+// The terms that most calls do without.
+template <class T, bool TRANSPOSED>
+struct ScoreExtras {
+  const AttentionParams& p;
+  const char* bias;           // of this batch and head; null: none
+  const uint8_t* mask;
+  float slope;                // ALiBi, times log2 e; 0: none
+  bool bias_pairs, mask_pairs;  // two neighbouring keys lie aligned side by side
+
+  __device__ ScoreExtras(const AttentionParams& p, int b, int h) : p(p), bias(nullptr), mask(nullptr), slope(0) {
+    bias_pairs = mask_pairs = false;
+    if (p.bias.data != nullptr) {
+      const int size = p.bias.dtype == DType::kFloat32 ? 4 : 2;
+      bias = static_cast<const char*>(p.bias.data) + size * (b * p.bias.batch + h * p.bias.head);
+      bias_pairs = pairs(bias, p.bias, 2 * size);
+    }
+    if (p.mask.data != nullptr) {
+      mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.batch + h * p.mask.head;
+      mask_pairs = pairs(mask, p.mask, 2);
+    }
+    if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[b * p.alibi_batch_stride + h] * kLog2E;
+  }
+
+  __device__ static bool pairs(const void* first, const Scores& s, int bytes) {
+    return !TRANSPOSED && s.col == 1 && s.row % 2 == 0 && reinterpret_cast<uintptr_t>(first) % bytes == 0;
+  }
+
+  // scale * q.k after the softcap, natural units.
+  __device__ __forceinline__ float capped(float raw) const {
+    const float scale = p.scale, cap = p.softcap;
+    return cap == 0 ? raw * scale : cap * tanh_fast(raw * scale / cap);
+  }
+
+  // Raw products to scores in log2 units, the softcap included: first step of apply().
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void scale_and_cap(Accumulator<ROWS, COLS>& s) const {
+    if (p.softcap == 0) {
+      const float scale = static_cast<float>(p.scale) * kLog2E;
+      s.for_each([&](float& x, int, int) { x *= scale; });
+    } else {
+      const float inner = static_cast<float>(p.scale / p.softcap);
+      const float outer = static_cast<float>(p.softcap) * kLog2E;
+      s.for_each([&](float& x, int, int) { x = outer * tanh_fast(x * inner); });
+    }
+  }
+
+  // Adds ALiBi and bias and hides what the bool mask hides; s is in log2 units already.
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void add(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
+    if (slope != 0) add_alibi(s, i0 + sequence.offset - j0);
+    if (bias != nullptr) {
+      if (p.bias.dtype == DType::kFloat32) {
+        add_bias<float>(s, sequence, i0, j0);
+      } else {
+        add_bias<T>(s, sequence, i0, j0);
+      }
+    }
+    if (mask != nullptr) hide_masked(s, sequence, i0, j0);
+  }
+
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void apply(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
+    scale_and_cap(s);
+    add(s, sequence, i0, j0);
+  }
+
+ private:
+  // distance: position(i0) - j0. Positions below 2^24 are exact in float32.
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void add_alibi(Accumulator<ROWS, COLS>& s, int distance) const {
+    const int lane = TRANSPOSED ? lane_col() - lane_row() : lane_row() - lane_col();
+    const float corner = static_cast<float>(distance + lane);
+#pragma unroll
+    for (int m = 0; m < ROWS / 16; ++m) {
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int step = 16 * m + 8 * (e / 2) - 8 * n - e % 2;
+          s.x[m][n][e] -= slope * fabsf(corner + (TRANSPOSED ? -step : step));
+        }
+      }
+    }
+  }
+
+  template <class B, int ROWS, int COLS>
+  __device__ __forceinline__ void add_bias(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0,
+                                           int j0) const {
+    if (bias_pairs && j0 + COLS <= sequence.len_k) {
+      struct alignas(2 * sizeof(B)) Pair {
+        B low, high;
+      };
+      for_each_pair(s, sequence, i0, [&](float& low, float& high, int i, int col) {
+        const Pair pair =
+            *reinterpret_cast<const Pair*>(reinterpret_cast<const B*>(bias) + i * p.bias.row + (j0 + col));
+        low += to_natural(pair.low) * kLog2E;
+        high += to_natural(pair.high) * kLog2E;
+      });
+    } else {
+      for_each_element(s, sequence, i0, j0, [&](float& x, int i, int j) {
+        x += to_natural(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]) * kLog2E;
+      });
+    }
+  }
+
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void hide_masked(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0,
+                                              int j0) const {
+    if (mask_pairs && j0 + COLS <= sequence.len_k) {
+      for_each_pair(s, sequence, i0, [&](float& low, float& high, int i, int col) {
+        const uint16_t pair = *reinterpret_cast<const uint16_t*>(mask + i * p.mask.row + (j0 + col));
+        low = (pair & 0xFF) != 0 ? low : -CUDART_INF_F;
+        high = pair > 0xFF ? high : -CUDART_INF_F;
+      });
+    } else {
+      for_each_element(s, sequence, i0, j0, [&](float& x, int i, int j) {
+        x = mask[i * p.mask.row + j * p.mask.col] != 0 ? x : -CUDART_INF_F;
+      });
+    }
+  }
+
+  __device__ static float to_natural(float x) { return x; }
+  __device__ static float to_natural(T x) { return to_float(x); }
+
+  // f(x(i, j), x(i, j + 1), i, j - j0), plain orientation, tile inside [0, len_k).
+  template <int ROWS, int COLS, class F>
+  __device__ static __forceinline__ void for_each_pair(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0,
+                                                       F f) {
+#pragma unroll
+    for (int r = 0; r < RowVector<ROWS>::kCount; ++r) {
+      const int i = min(i0 + RowVector<ROWS>::row(r), sequence.len_q - 1);
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) {
+        float(&x)[4] = s.x[r / 2][n];
+        f(x[2 * (r % 2)], x[2 * (r % 2) + 1], i, 8 * n + lane_col());
+      }
+    }
+  }
+
+  // f(x(i, j), i, j) with i and j clamped into the sequence: what lies outside is hidden later.
+  template <int ROWS, int COLS, class F>
+  __device__ static __forceinline__ void for_each_element(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0,
+                                                          int j0, F f) {
+    s.for_each([&](float& x, int row, int col) {
+      const int i = i0 + (TRANSPOSED ? col : row), j = j0 + (TRANSPOSED ? row : col);
+      f(x, min(i, sequence.len_q - 1), min(j, sequence.len_k - 1));
+    });
+  }
+};
+
+}  // namespace hf_flash

@@ -1,0 +1,81 @@
+// The online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) of a warp's rows. It runs in base 2: a score x
+// counts as x * factor in log2 units, and the subtraction of the maximum is one fused multiply-add.
+#pragma once
+
+#include <math_constants.h>
+
+#include "tile/reduce.cuh"
+
+namespace hf_flash {
+
+// A row's maximum is replaced, and its output rescaled, only when a new score exceeds it by more than this many powers
+// of two: until then probabilities grow to at most 2^8, far inside float16, and most tiles rescale nothing.
+constexpr float kMaximumSlack = 8.0f;
+
+template <int ROWS>
+struct OnlineSoftmax {
+  RowVector<ROWS> max;     // reference maximum in units of the scores; -inf: nothing visible yet
+  RowVector<ROWS> shift;   // max * factor, 0 while max is -inf, so that exp2(-inf - shift) is 0 and never NaN
+  RowVector<ROWS> sum;     // this lane's part of the row's sum of exponentials
+
+  __device__ OnlineSoftmax() {
+    max.fill(-CUDART_INF_F);
+    shift.fill(0.0f);
+    sum.fill(0.0f);
+  }
+
+  // Takes the scores' maxima into account; rescales sum and out where a maximum moved. factor > 0.
+  template <int KEYS, int COLS>
+  __device__ __forceinline__ void update_max(const Accumulator<ROWS, KEYS>& s, Accumulator<ROWS, COLS>& out,
+                                             float factor, float slack) {
+    RowVector<ROWS> top = lane_row_max(s);
+    bool moved = false;
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) moved |= top.v[i] > max.v[i] + slack;
+    if (!any_lane(moved)) return;
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+      const float row_top = quad_max(top.v[i]);
+      if (!(row_top > max.v[i] + slack)) continue;
+      const float correction = exp2_fast((max.v[i] - row_top) * factor);
+      max.v[i] = row_top;
+      shift.v[i] = row_top * factor;
+      sum.v[i] *= correction;
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) {
+        out.x[i / 2][n][2 * (i % 2)] *= correction;
+        out.x[i / 2][n][2 * (i % 2) + 1] *= correction;
+      }
+    }
+  }
+
+  // Scores of columns [8 first_n, 8 (first_n + count)) become probabilities (of the reference maximum), summed up.
+  template <int KEYS>
+  __device__ __forceinline__ void exponentiate(Accumulator<ROWS, KEYS>& s, float factor, int first_n, int count) {
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+#pragma unroll
+      for (int n = first_n; n < first_n + count; ++n) {
+#pragma unroll
+        for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
+          s.x[i / 2][n][e] = exp2_fast(s.x[i / 2][n][e] * factor - shift.v[i]);
+          sum.v[i] += s.x[i / 2][n][e];
+        }
+      }
+    }
+  }
+
+  // Ends the row's sum and takes the sink in (its logit in log2 units, -inf for none). Returns what to multiply row i
+  // of the output with, 0 where nothing is visible, and sets lse (natural logarithm).
+  __device__ __forceinline__ float finish(int i, float sink_log2, float& lse) {
+    const float total = quad_sum(sum.v[i]);
+    const bool sees = total != 0.0f;  // true for NaN
+    const float top = sees ? fmaxf(shift.v[i], sink_log2) : sink_log2;
+    const float own = sees ? exp2_fast(shift.v[i] - top) : 0.0f;
+    const float denominator = total * own + (sink_log2 == -CUDART_INF_F ? 0.0f : exp2_fast(sink_log2 - top));
+    lse = denominator == 0.0f ? -CUDART_INF_F : (top + __log2f(denominator)) * kLn2;
+    return sees ? own / denominator : 0.0f;
+  }
+};
+
+}  // namespace hf_flash

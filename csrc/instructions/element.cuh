@@ -1,0 +1,48 @@
+// The two 16-bit element types, and how a pair of them sits in one register.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace hf_flash {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+// Rounds two numbers to T; low goes to the low half, as the tensor-core fragments want it.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack<Half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<BFloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
+}
+
+__device__ __forceinline__ float to_float(Half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
+
+}  // namespace hf_flash
