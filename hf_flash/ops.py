@@ -72,9 +72,6 @@ class Call(NamedTuple):
     deterministic: bool = False
 
 
-_TENSORS = 8  # the leading fields of Call that are tensors
-
-
 def _forward(q, k, v, bias, sink, call):
     mask, alibi_slopes, *rest = call
     return torch.ops.hf_flash.forward.default(q, k, v, bias, mask, alibi_slopes, sink, *rest)
@@ -84,24 +81,42 @@ class _Attention(torch.autograd.Function):
     """Forward and backward of the operator; lse takes a gradient too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, *call):
+    def forward(ctx, q, k, v, bias, sink, call):
         out, lse = _forward(q, k, v, bias, sink, call)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *call[:_TENSORS])
-        ctx.scalars = call[_TENSORS:]
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse)
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, bias, sink, out, lse, mask, alibi_slopes, *rest = ctx.saved_tensors
+        q, k, v, bias, sink, out, lse = ctx.saved_tensors
+        mask, alibi_slopes, *rest = ctx.call
         if dout is None:
             dout = torch.zeros_like(out)
         need_dbias, need_dsink = ctx.needs_input_grad[3:5]
         dq, dk, dv, dbias, dsink = torch.ops.hf_flash.backward.default(
-            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
+            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, need_dbias, need_dsink
         )
-        return dq, dk, dv, dbias, dsink, *(None,) * len(Call._fields)
+        gradients = (dq, dk, dv, dbias, dsink)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = _OnceDifferentiable.apply(5, *gradients, dout, dlse, q, k, v, bias, sink)
+        return *gradients, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients through and raises when somebody differentiates them: a silent zero would be wrong."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "hf_flash [DOUBLE_BACKWARD]: attention is differentiable once; use eager attention where gradients of "
+            "gradients are needed"
+        )
 
 
 def attention(q, k, v, bias, sink, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +127,7 @@ def attention(q, k, v, bias, sink, call: Call) -> tuple[torch.Tensor, torch.Tens
     """
     tensors = (q, k, v, bias, sink)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(q, k, v, bias, sink, *call)
+        return _Attention.apply(q, k, v, bias, sink, call)
     return _forward(q, k, v, bias, sink, call)
 
 
