@@ -1,0 +1,89 @@
+// The backward's last pass: dQ from the float32 accumulator's fragment order to rows of q's dtype.
+#include "portable/cuda_call.h"
+#include "portable/element.cuh"
+#include "portable/portable.h"
+
+namespace hf_flash::portable {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = DqAccumulator::kTileRows;
+
+__device__ uint32_t pack(float x, float y, __half) {
+  const __half2 both = __floats2half2_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+__device__ uint32_t pack(float x, float y, __nv_bfloat16) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// Four lanes hold a 4 x 4 matrix, lane t its column t; afterwards lane t holds row t.
+__device__ void transpose_quad(uint32_t (&x)[4], int t) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & step) continue;
+      const bool upper = t & step;
+      const uint32_t sent = upper ? x[low] : x[low | step];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
+      (upper ? x[low] : x[low | step]) = got;
+    }
+  }
+}
+
+// A warp converts 16 rows and 32 columns at a time: four coalesced loads, two 16-byte stores a lane.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionParams p, const DqAccumulator accumulator,
+                                                              const int32_t row_blocks) {
+  const int32_t head = blockIdx.x % p.heads_q;
+  const int32_t block = blockIdx.x / p.heads_q % row_blocks;
+  const int32_t b = blockIdx.x / p.heads_q / row_blocks;
+  const Sequence sequence(p, b);
+  const int32_t lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+  const int32_t column_groups = accumulator.columns / 32;
+  Element* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head;
+  const float scale = static_cast<float>(p.scale);
+
+  for (int32_t item = threadIdx.x / 32; item < kRows / 16 * column_groups; item += kThreads / 32) {
+    const int32_t row = block * kRows + item / column_groups * 16;
+    const int32_t column = item % column_groups * 32;
+    if (row >= sequence.len_q) return;
+    const float* from = accumulator.rows(sequence, b, head, row) + DqAccumulator::fragment(column / 8, lane);
+    uint32_t upper[4], lower[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float4 x = *reinterpret_cast<const float4*>(from + n * 128);
+      upper[n] = pack(x.x * scale, x.y * scale, Element{});
+      lower[n] = pack(x.z * scale, x.w * scale, Element{});
+    }
+    transpose_quad(upper, t);
+    transpose_quad(lower, t);
+    const int32_t d = column + 8 * t;
+    if (d >= p.head_dim) continue;
+    const auto store = [&](int32_t i, const uint32_t(&x)[4]) {
+      if (i >= sequence.len_q) return;
+      const uint4 value = sequence.computes(i) ? uint4{x[0], x[1], x[2], x[3]} : uint4{0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(dq + (sequence.first_q + i) * p.dq.row + d) = value;
+    };
+    store(row + group, upper);
+    store(row + group + 8, lower);
+  }
+}
+
+}  // namespace
+
+void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream) {
+  const int32_t row_blocks = (p.seqlen_q + kRows - 1) / kRows;
+  const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
+  if (blocks == 0) return;
+  const auto grid = static_cast<uint32_t>(blocks);
+  if (p.dtype == DType::kFloat16)
+    convert_dq_kernel<__half><<<grid, kThreads, 0, stream>>>(p, accumulator, row_blocks);
+  else
+    convert_dq_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p, accumulator, row_blocks);
+  check_launch("convert_dq");
+}
+
+}  // namespace hf_flash::portable

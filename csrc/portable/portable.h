@@ -1,0 +1,26 @@
+// Kernels around the architecture's own that need no tensor core. All run on the given stream and throw
+// std::runtime_error on failure.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+#include "portable/dq_accumulator.h"
+
+namespace hf_flash::portable {
+
+// row_sum[b, h, i] = sum over Dv of dout * out, minus dlse; 0 for rows that are not computed, whose dout is not read.
+// Also zeroes the accumulator where one is given.
+void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
+
+// dq = scale * accumulator in q's dtype, 0 for rows that are not computed. float16 and bfloat16.
+void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
+
+// dsink[h] = -sum over rows of exp(sink - lse) * row_sum, in a fixed order.
+void sink_gradient(const AttentionParams& p, cudaStream_t stream);
+
+// In a packed batch, rows that belong to no sequence: out 0 and lse -inf, or dq, dk and dv 0.
+void fill_gaps_forward(const AttentionParams& p, cudaStream_t stream);
+void fill_gaps_backward(const AttentionParams& p, cudaStream_t stream);
+
+}  // namespace hf_flash::portable

@@ -1,0 +1,76 @@
+// The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, so that no
+// launch of its own has to.
+#include "attention/sequence.h"
+#include "portable/cuda_call.h"
+#include "portable/element.cuh"
+#include "portable/portable.h"
+
+namespace hf_flash::portable {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 8;  // threads of one row: 128 bytes of a 16-bit dtype, a whole cache line, at a time
+constexpr int kRows = DqAccumulator::kTileRows;
+
+template <class Element, class Sum>
+__device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane) {
+  using Vec = Vector<Element>;
+  Sum sum = 0;
+  for (int32_t d = lane * Vec::kSize; d < dim; d += kLanes * Vec::kSize) {
+    const Vec a = *reinterpret_cast<const Vec*>(x + d);
+    const Vec b = *reinterpret_cast<const Vec*>(y + d);
+#pragma unroll
+    for (int e = 0; e < Vec::kSize; ++e) sum += widen<Sum>(a.element[e]) * widen<Sum>(b.element[e]);
+  }
+  return sum;
+}
+
+// One block: 64 rows of one query head of one sequence. Heads run fastest over the grid: their rows are neighbours.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams p, const DqAccumulator accumulator,
+                                                           const int32_t row_blocks) {
+  using Sum = typename SumOf<Element>::type;
+  const int32_t head = blockIdx.x % p.heads_q;
+  const int32_t block = blockIdx.x / p.heads_q % row_blocks;
+  const int32_t b = blockIdx.x / p.heads_q / row_blocks;
+  const Sequence sequence(p, b);
+  const int32_t first_row = block * kRows;
+  if (first_row >= sequence.len_q) return;
+
+  if (accumulator.data != nullptr) {
+    float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
+    for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
+  }
+  const int32_t lane = threadIdx.x % kLanes;
+  const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
+  const auto* out = static_cast<const Element*>(p.out.data) + b * p.out.batch + head * p.out.head;
+#pragma unroll
+  for (int32_t r = 0; r < kRows; r += kThreads / kLanes) {
+    const int32_t i = first_row + r + threadIdx.x / kLanes;
+    if (i - threadIdx.x / kLanes >= sequence.len_q) break;
+    const int64_t row = sequence.first_q + i;
+    Sum sum = 0;
+    if (sequence.computes(i)) sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane);
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane != 0 || i >= sequence.len_q) continue;
+    if (p.dlse.data != nullptr && sequence.computes(i))
+      sum -= static_cast<const Sum*>(p.dlse.data)[b * p.dlse.batch + head * p.dlse.head + row];
+    static_cast<Sum*>(p.row_sum.data)[b * p.row_sum.batch + head * p.row_sum.head + row] = sum;
+  }
+}
+
+}  // namespace
+
+void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream) {
+  const int32_t row_blocks = (p.seqlen_q + kRows - 1) / kRows;
+  const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
+  with_element(p.dtype, [&](auto element) {
+    row_sum_kernel<decltype(element)><<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks);
+  });
+  check_launch("row_sum");
+}
+
+}  // namespace hf_flash::portable
