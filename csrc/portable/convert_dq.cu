@@ -1,6 +1,6 @@
 // The backward's last pass: dQ from the float32 accumulator's fragment order to rows of q's dtype.
+#include "instructions/element.cuh"
 #include "portable/cuda_call.h"
-#include "portable/element.cuh"
 #include "portable/portable.h"
 
 namespace hf_flash::portable {
@@ -8,15 +8,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRows = DqAccumulator::kTileRows;
-
-__device__ uint32_t pack(float x, float y, __half) {
-  const __half2 both = __floats2half2_rn(x, y);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-__device__ uint32_t pack(float x, float y, __nv_bfloat16) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<const uint32_t&>(both);
-}
 
 // Four lanes hold a 4 x 4 matrix, lane t its column t; afterwards lane t holds row t.
 __device__ void transpose_quad(uint32_t (&x)[4], int t) {
@@ -55,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const float4 x = *reinterpret_cast<const float4*>(from + n * 128);
-      upper[n] = pack(x.x * scale, x.y * scale, Element{});
-      lower[n] = pack(x.z * scale, x.w * scale, Element{});
+      upper[n] = pack<Element>(x.x * scale, x.y * scale);
+      lower[n] = pack<Element>(x.z * scale, x.w * scale);
     }
     transpose_quad(upper, t);
     transpose_quad(lower, t);

@@ -2,7 +2,7 @@
 // launch of its own has to.
 #include "attention/sequence.h"
 #include "portable/cuda_call.h"
-#include "portable/element.cuh"
+#include "portable/vector.cuh"
 #include "portable/portable.h"
 
 namespace hf_flash::portable {

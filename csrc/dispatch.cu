@@ -1,0 +1,118 @@
+// Run-time values to compile-time constants: architecture, dtype, head dimension and variant.
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "instructions/element.cuh"
+#include "portable/cuda_call.h"
+#include "portable/portable.h"
+#include "sm80/instances.h"
+
+namespace hf_flash::cuda {
+namespace {
+
+cudaStream_t native(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+// HF_FLASH_ARCH=sm80 forces a folder, for tests and for users who debug; otherwise the current device chooses.
+void check_architecture() {
+  static const std::string forced = [] {
+    const char* value = std::getenv("HF_FLASH_ARCH");
+    return std::string(value ? value : "");
+  }();
+  if (!forced.empty() && forced != "sm80")
+    throw std::runtime_error("hf_flash: HF_FLASH_ARCH is '" + forced + "'; this build has sm80");
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (major < 8)
+    throw std::runtime_error("hf_flash: the CUDA kernels need compute capability 8.0 or newer; this device has " +
+                             std::to_string(major) + ".x");
+}
+
+bool has_extras(const AttentionParams& p) {
+  return p.softcap != 0 || p.bias.data != nullptr || p.mask.data != nullptr || p.alibi_slopes != nullptr;
+}
+
+template <int HEAD_DIM, class Run>
+void with_variant(const AttentionParams& p, Run&& run) {
+  const sm80::Variant variant = sm80::variant_of(HEAD_DIM, p.dropout_keep < 256, has_extras(p));
+  const auto with_type = [&](auto element) {
+    using T = decltype(element);
+    if constexpr (HEAD_DIM <= 128) {
+      if (!variant.extras && !variant.dropout) return run.template operator()<T, HEAD_DIM, false, false>();
+      if (!variant.extras) return run.template operator()<T, HEAD_DIM, true, false>();
+    }
+    return run.template operator()<T, HEAD_DIM, true, true>();
+  };
+  if (p.dtype == DType::kFloat16) return with_type(Half{});
+  if (p.dtype == DType::kBFloat16) return with_type(BFloat16{});
+  throw std::runtime_error("hf_flash: the CUDA kernels take float16 or bfloat16; cast q, k and v, or use autocast");
+}
+
+int head_dim_of(const AttentionParams& p) {
+  const int needed = std::max(p.head_dim, p.head_dim_v);
+  for (const int head_dim : sm80::kHeadDims)
+    if (needed <= head_dim) return head_dim;
+  throw std::runtime_error("hf_flash: head_dim must be at most 256; got " + std::to_string(needed));
+}
+
+template <class Run>
+void with_instance(const AttentionParams& p, Run&& run) {
+  switch (head_dim_of(p)) {
+    case 32: return with_variant<32>(p, run);
+    case 64: return with_variant<64>(p, run);
+    case 96: return with_variant<96>(p, run);
+    case 128: return with_variant<128>(p, run);
+    case 192: return with_variant<192>(p, run);
+    case 256: return with_variant<256>(p, run);
+  }
+}
+
+struct Forward {
+  const AttentionParams& p;
+  cudaStream_t stream;
+  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  void operator()() const {
+#if __has_include("sm80/forward.cuh")
+    sm80::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+#else
+    throw std::runtime_error("hf_flash: this build has no forward kernel for the GPU");
+#endif
+  }
+};
+
+struct Backward {
+  const AttentionParams& p;
+  cudaStream_t stream;
+  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  void operator()() const {
+#if __has_include("sm80/backward.cuh")
+    sm80::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+#else
+    throw std::runtime_error("hf_flash: this build has no backward kernel for the GPU");
+#endif
+  }
+};
+
+}  // namespace
+
+void forward(const AttentionParams& p, void* stream) {
+  check_architecture();
+  if (p.packed()) portable::fill_gaps_forward(p, native(stream));
+  with_instance(p, Forward{p, native(stream)});
+}
+
+int64_t backward_workspace(const AttentionParams& p) { return DqAccumulator::bytes(p, head_dim_of(p)); }
+
+void backward(const AttentionParams& p, void* stream) {
+  check_architecture();
+  if (p.packed()) portable::fill_gaps_backward(p, native(stream));
+  with_instance(p, Backward{p, native(stream)});
+}
+
+void row_sum(const AttentionParams& p, void* stream) { portable::row_sum(p, DqAccumulator{}, native(stream)); }
+
+}  // namespace hf_flash::cuda

@@ -1,0 +1,32 @@
+// The compiled variants of the mma.sync kernels: what dispatch.cu may call and what instances.py generates, one file
+// each. Few axes are worth machine code of their own; everything else is decided at run time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace hf_flash::sm80 {
+
+// Head dimensions that are compiled; a call uses the smallest that holds both D and Dv.
+constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+// DROPOUT: the call may drop. EXTRAS: it may have softcap, ALiBi, bias or mask, and may drop too. Above 128 one variant
+// does everything: such heads are rare, and code size and build time are not.
+struct Variant {
+  bool dropout;
+  bool extras;
+};
+
+constexpr Variant variant_of(int head_dim, bool dropout, bool extras) {
+  return head_dim > 128 || extras ? Variant{true, true} : Variant{dropout, false};
+}
+
+// T: __half or __nv_bfloat16. Launches on the stream.
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_forward(const AttentionParams& p, cudaStream_t stream);
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_backward(const AttentionParams& p, cudaStream_t stream);
+
+}  // namespace hf_flash::sm80
