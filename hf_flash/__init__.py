@@ -1,7 +1,6 @@
 """Fast, exact attention for the models that people fine-tune on Hugging Face."""
 
 from .attention import flash_attention
+from .version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["flash_attention"]
+__all__ = ["__version__", "flash_attention"]
