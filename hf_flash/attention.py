@@ -6,6 +6,7 @@ plain PyTorch what it computes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -171,7 +172,7 @@ def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_
             raise ValueError(
                 f"hf_flash: `cu_seqlens_{name}` is {bounds}; it must start at 0, never decrease and not exceed {total}"
             )
-        lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
         if max(lengths, default=0) > longest:
             raise ValueError(
                 f"hf_flash: `max_seqlen_{name}` is {longest}; cu_seqlens_{name} has a sequence of {max(lengths)} rows"

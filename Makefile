@@ -1,0 +1,68 @@
+# The commands of this repository. `make demo` and `make test` are all that a newcomer needs; both make .venv first.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+PY := $(VENV)/bin/python
+OLDEST_TRANSFORMERS := 5.0.0
+BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10' 'nvidia-cutlass>=4.2'  # as in pyproject.toml
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest gpu-test sanitize build lint format bench wheel torch-matrix clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.packages: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "hf_flash needs Python 3.10 or newer; install it or run make PYTHON=/path/to/python3"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "hf_flash needs a C++17 compiler; install g++ or clang++ or set CXX"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet $(BUILD_REQUIRES)
+	@touch $@
+
+# --no-build-isolation: the build uses the torch of .venv instead of downloading another.
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+build: $(VENV)/.built  ## .venv with everything, both libraries compiled (again only when sources changed)
+
+demo: $(VENV)/.built  ## fine-tune a real BERT on long documents: patched, measured, saved, reloaded
+	$(PY) examples/finetune_bert_long.py
+
+test: $(VENV)/.built  ## the CPU suite
+	$(PY) -m pytest -q tests
+
+test-oldest: $(VENV)/.built  ## BERT, GPT-2 and T5 on the oldest supported transformers
+	bash tests/transformers/oldest.sh $(PY) $(OLDEST_TRANSFORMERS)
+
+gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU
+	$(PY) -m pytest -q -m "gpu and not sanitizer" tests
+
+sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels; needs a CUDA GPU
+	$(PY) -m pytest -q -m sanitizer tests
+
+bench: $(VENV)/.built  ## measure against the peers: the GPU's where there is one, else the CPU's
+	$(PY) -m hf_flash bench
+
+lint: $(VENV)/.built  ## ruff and clang-format, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(VENV)/.built  ## let ruff and clang-format rewrite the tree
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+wheel: $(VENV)/.packages  ## dist/hf_flash-*-cp310-abi3-*.whl
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -l dist
+
+torch-matrix: wheel  ## the wheel under several torch releases
+	bash tests/build/torch_matrix.sh
+
+clean:  ## remove what was built; keeps .venv
+	rm -rf build dist outputs *.egg-info hf_flash/*.so $(VENV)/.built
