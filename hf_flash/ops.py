@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +48,18 @@ _load()
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether operator ``name`` has a compiled kernel for ``device_type`` ("cpu" or "cuda")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_flash::{name}", device_type.upper())
+
+
+@functools.cache
+def cuda_versions() -> tuple[int, int]:
+    """(CUDA that the loaded library was built with, newest CUDA that the driver runs), as 1000 major + 10 minor.
+
+    (0, 0) when no CUDA library is loaded; the second is 0 without a driver.
+    """
+    runtime, driver = ctypes.c_int(0), ctypes.c_int(0)
+    if not LIBRARIES["cuda"].startswith("not loaded"):
+        ctypes.CDLL(LIBRARIES["cuda"]).hf_flash_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return runtime.value, driver.value
 
 
 class Call(NamedTuple):

@@ -57,12 +57,28 @@ def device_reason(device_type: str, device_index: int | None, dtype: torch.dtype
             f"q has dtype {name}; the CUDA kernels take float16 and bfloat16: load the model in one of them or train "
             "under torch.autocast"
         )
+    return gpu_reason(device_index)
+
+
+def gpu_reason(device_index: int | None) -> tuple[str, str] | None:
+    """(code, sentence) when this GPU or its driver cannot run the CUDA library; None when they can."""
+    built, driver = ops.cuda_versions()
+    if driver // 1000 < built // 1000:
+        return "DRIVER", (
+            f"the NVIDIA driver runs CUDA {driver // 1000}.{driver % 1000 // 10} and hf_flash was built with CUDA "
+            f"{built // 1000}.{built % 1000 // 10}; install a newer driver (580 or newer for CUDA 13)"
+        )
     capability = torch.cuda.get_device_capability(device_index)
     if capability < (8, 0):
         return "ARCH", (
             f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer"
         )
     return None
+
+
+def kernel_name(device_type: str) -> str:
+    """Which of csrc's folders serves calls on this kind of device: "cpu" or "sm80"."""
+    return "sm80" if device_type == "cuda" else "cpu"
 
 
 def _rows(q, k, v, packed: bool) -> Unsupported | None:
