@@ -1,7 +1,8 @@
 """Builds hf_flash/_cpu.abi3.so, and hf_flash/_cuda.abi3.so where nvcc is found, with ninja.
 
-Environment: HF_FLASH_CUDA=0|1 forces the CUDA library off or on; MAX_JOBS limits parallel compilers.
-Both libraries use torch's stable ABI alone: one build serves every torch from 2.10 and every Python from 3.10 on.
+Environment: HF_FLASH_CUDA=0|1 forces the CUDA library off or on; MAX_JOBS limits the compilers that run at once;
+CXX and CUDA_HOME choose them. Both libraries use torch's stable ABI alone and no Python symbol: one build serves every
+torch from 2.10 and every Python from 3.10 on. Objects stay in build/, so the next build compiles what changed.
 """
 
 import importlib.util
@@ -16,141 +17,141 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+CXX = os.environ.get("CXX", "c++")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+HOST = "-std=c++17 -fPIC -fvisibility=hidden -Wall"
+# fast-math's harmless parts only: infinities and NaN keep their meaning, which the contract needs.
+CPU = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -DHF_FLASH_CPU"
+NVCC = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 # mma.sync kernels: machine code for Ampere and Hopper, PTX for what comes later. Hopper's own kernels need sm_90a.
 GENCODE = "-gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_80,code=sm_90"
 GENCODE_SM90 = "-gencode arch=compute_90a,code=sm_90a"
+PYPI_NVCC = ["nvidia-cuda-nvcc>=13", "nvidia-cuda-runtime>=13", "nvidia-cuda-cccl>=13"]
 
 
 def say(text: str) -> None:
     print(f"hf_flash: {text}", file=sys.stderr, flush=True)
 
 
+def package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in spec.submodule_search_locations] if spec else []
+
+
 def find_nvcc() -> Path | None:
     """nvcc of CUDA_HOME, of the PATH, of /usr/local/cuda, or of PyPI's nvidia-cuda-nvcc."""
     candidates = [Path(os.environ["CUDA_HOME"]) / "bin/nvcc"] if "CUDA_HOME" in os.environ else []
     candidates += [Path(found) for found in [shutil.which("nvcc")] if found] + [Path("/usr/local/cuda/bin/nvcc")]
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
-        candidates += sorted(Path(folder).glob("cu*/bin/nvcc"))
+    candidates += [nvcc for folder in package_folders("nvidia") for nvcc in sorted(folder.glob("cu*/bin/nvcc"))]
     return next((path for path in candidates if path.exists()), None)
 
 
-def wants_cuda() -> Path | None:
-    """The nvcc to use, or None; says what was decided and why."""
+def decide_cuda() -> tuple[bool, Path | None]:
+    """(build the CUDA library, with which nvcc); says what was decided and why."""
     choice, nvcc = os.environ.get("HF_FLASH_CUDA", ""), find_nvcc()
+    if choice not in ("", "0", "1"):
+        sys.exit(f"hf_flash: HF_FLASH_CUDA is {choice!r}; it must be 0 (no CUDA library), 1 (must have it) or unset")
     if choice == "0":
         say("building without CUDA: HF_FLASH_CUDA=0")
-    elif nvcc is not None:
+    elif nvcc:
         say(f"building with CUDA: nvcc is {nvcc}")
-        return nvcc
-    elif choice == "1":
-        sys.exit("hf_flash: HF_FLASH_CUDA=1, but no nvcc was found: set CUDA_HOME or pip install nvidia-cuda-nvcc")
-    else:
+    elif choice == "":
         say("building without CUDA: no nvcc in CUDA_HOME, on the PATH, in /usr/local/cuda or from nvidia-cuda-nvcc")
-    return None
-
-
-def torch_folder() -> Path:
-    return Path(importlib.util.find_spec("torch").submodule_search_locations[0])
-
-
-def cutlass_include() -> Path | None:
-    spec = importlib.util.find_spec("cutlass_library")
-    return Path(spec.submodule_search_locations[0]) / "source/include" if spec else None
+    return choice == "1" or (choice == "" and nvcc is not None), nvcc
 
 
 def jobs() -> int:
     """Compilers at once: MAX_JOBS, else one a core, held to one for each 3 GB of memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return int(os.environ.get("MAX_JOBS", 0)) or max(1, min(os.cpu_count() or 1, int(memory / 3)))
+    return int(os.environ.get("MAX_JOBS", 0)) or max(1, min(len(os.sched_getaffinity(0)), int(memory / 3)))
 
 
 class NinjaFile:
-    """Collects rules and build lines for one library."""
+    """Rules and build lines of one library; its objects, logs and build.ninja lie in ``folder``."""
 
-    def __init__(self, folder: Path, common: str):
-        self.folder, self.lines, self.objects = folder, [f"common = {common}"], []
+    def __init__(self, folder: Path):
+        self.folder, self.lines, self.objects = folder, [], []
 
-    def rule(self, name: str, command: str, deps: bool = True) -> None:
-        depfile = "\n  depfile = $out.d\n  deps = gcc" if deps else ""
-        self.lines.append(f"rule {name}\n  command = {command}{depfile}\n  description = {name} $out")
+    def compiler(self, name: str, command: str, log: bool = False) -> None:
+        """A rule that compiles one file; with ``log`` the compiler's words go to OBJECT.log and are shown if it fails."""
+        command = f"{command} -MMD -MF $out.d -c $in -o $out"
+        command += " > $out.log 2>&1 || (cat $out.log; false)" if log else ""
+        self.lines.append(f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
 
     def compile(self, rule: str, source: Path) -> None:
-        target = self.folder / "objects" / (source.stem + "_" + rule + ".o")
-        self.lines.append(f"build {target}: {rule} {source}")
-        self.objects.append(str(target))
+        self.objects.append(str(self.folder / "objects" / f"{source.stem}_{rule}.o"))
+        self.lines.append(f"build {self.objects[-1]}: {rule} {source}")
 
-    def link(self, rule: str, library: Path) -> None:
-        self.lines.append(f"build {library}: {rule} {' '.join(self.objects)}\n")
+    def link(self, command: str, library: Path) -> None:
+        self.lines.append(f"rule link\n  command = {command}\nbuild {library}: link {' '.join(self.objects)}\n")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines))
         ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-        subprocess.run([ninja, "-C", str(self.folder), "-j", str(jobs())], check=True)
+        if subprocess.run([ninja, "-C", str(self.folder), "-j", str(jobs())]).returncode:
+            sys.exit(f"hf_flash: {library.name} could not be built; the compiler's message stands above")
 
 
-def cpu_library(folder: Path, library: Path) -> None:
-    torch = torch_folder()
-    file = NinjaFile(folder, f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -I{CSRC} -isystem {torch}/include")
-    flags = f"-DHF_FLASH_CPU {TORCH_TARGET} -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-    cxx = os.environ.get("CXX", "c++")
-    file.rule("cxx", f"{cxx} -MMD -MF $out.d $common {flags} -c $in -o $out")
-    file.rule(
-        "link", f"{cxx} -shared -s $in -o $out -L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10", deps=False
-    )
+def build_cpu(folder: Path, torch: Path, library: Path) -> None:
+    file = NinjaFile(folder)
+    file.compiler("cxx", f"{CXX} {HOST} {CPU} {TORCH_TARGET} -I{CSRC} -isystem {torch}/include")
     for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
         file.compile("cxx", source)
-    file.link("link", library)
+    # torch's symbols are not global when Python loads it, so the library itself must name torch's libraries.
+    file.link(f"{CXX} -shared -s $in -o $out -Wl,-z,defs -L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu", library)
 
 
-def cuda_library(folder: Path, library: Path, nvcc: Path) -> None:
+def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     sys.path.insert(0, str(CSRC))
     import instances
 
-    torch, cutlass = torch_folder(), cutlass_include()
-    file = NinjaFile(folder, f"-I{CSRC} " + (f"-isystem {cutlass}" if cutlass else ""))
-    cxx = os.environ.get("CXX", "c++")
-    host = "-fPIC,-fvisibility=hidden"
-    common = f"{nvcc} -MMD -MF $out.d -std=c++17 -O3 -lineinfo -Xcompiler {host} -Xptxas -v $common"
-    file.rule(
-        "cxx",
-        f"{cxx} -MMD -MF $out.d -O2 -std=c++17 -fPIC -fvisibility=hidden -DHF_FLASH_CUDA {TORCH_TARGET} $common "
-        f"-isystem {torch}/include -c $in -o $out",
-    )
-    file.rule("nvcc", f"{common} {GENCODE} -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)")
-    file.rule("nvcc_sm90", f"{common} {GENCODE_SM90} -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)")
-    file.rule(
-        "link",
-        f"{nvcc} -shared -cudart static $in -o $out -L{torch}/lib -Xlinker --no-as-needed -ltorch -Xlinker -s",
-        deps=False,
-    )
+    file = NinjaFile(folder)
+    includes = " ".join([f"-I{CSRC}", *(f"-isystem {f}/source/include" for f in package_folders("cutlass_library"))])
+    toolkit = nvcc.resolve().parent.parent  # PyPI's toolkit has lib where nvcc looks for lib64
+    file.compiler("cxx", f"{CXX} {HOST} -O2 -DHF_FLASH_CUDA {TORCH_TARGET} -I{CSRC} -isystem {torch}/include")
+    file.compiler("nvcc", f"{nvcc} {NVCC} {includes} {GENCODE}", log=True)
+    file.compiler("nvcc_sm90", f"{nvcc} {NVCC} {includes} {GENCODE_SM90}", log=True)
     for source in map(Path, instances.generate(folder)):
         file.compile("nvcc_sm90" if source.name.startswith("sm90") else "nvcc", source)
     for source in [CSRC / "dispatch.cu", *sorted((CSRC / "portable").glob("*.cu"))]:
         file.compile("nvcc", source)
     file.compile("cxx", CSRC / "bindings.cpp")
-    file.link("link", library)
+    file.link(
+        f"{nvcc} -shared -cudart static $in -o $out -L{toolkit}/lib -L{torch}/lib -Xlinker --no-as-needed -ltorch "
+        "-ltorch_cpu -Xlinker -z,defs -Xlinker -s",
+        library,
+    )
 
 
 class Build(build_ext):
     """Each extension is a library of operators that hf_flash/ops.py loads; neither is a Python module."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".abi3.so"
+
     def build_extension(self, extension: Extension) -> None:
-        library = Path(self.get_ext_fullpath(extension.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
         name = extension.name.rsplit("_", 1)[1]
-        folder = ROOT / "build" / name
-        if name == "cuda":
-            cuda_library(folder, library, NVCC)
-        else:
-            cpu_library(folder, library)
-        say(f"built {library.name}, {library.stat().st_size / 2**20:.1f} MiB; compiler output in {folder}")
+        if name == "cuda" and NVCC_PATH is None:
+            sys.exit(f"hf_flash: HF_FLASH_CUDA=1, but no nvcc: set CUDA_HOME or pip install {' '.join(PYPI_NVCC)}")
+        folder, torch = ROOT / "build" / name, package_folders("torch")[0]
+        library = folder / f"_{name}.abi3.so"
+        build_cpu(folder, torch, library) if name == "cpu" else build_cuda(folder, torch, library, NVCC_PATH)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a running process keeps the file that it has mapped
+        shutil.copy2(library, target)
+        say(f"built {target.name}, {target.stat().st_size / 2**20:.1f} MiB; objects and compiler output in {folder}")
 
 
-NVCC = wants_cuda()
-NAMES = ["hf_flash._cpu", *(["hf_flash._cuda"] if NVCC else [])]
+if sys.platform != "linux":
+    sys.exit(f"hf_flash: builds on Linux only, and this is {sys.platform}")
+WITH_CUDA, NVCC_PATH = decide_cuda()
 setup(
-    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in NAMES],
+    ext_modules=[
+        Extension(f"hf_flash._{name}", sources=[], py_limited_api=True) for name in ["cpu", "cuda"][: 1 + WITH_CUDA]
+    ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    # For isolated builds, beside pyproject.toml's list: what only the CUDA library needs.
+    setup_requires=["nvidia-cutlass>=4.2", *(PYPI_NVCC if NVCC_PATH is None else [])] if WITH_CUDA else [],
 )
