@@ -1,12 +1,15 @@
 # The commands of this repository. `make demo` and `make test` are all that a newcomer needs; both make .venv first.
 VENV ?= .venv
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PY := $(VENV)/bin/python
+OLDEST := $(VENV)-oldest
 OLDEST_TRANSFORMERS := 5.0.0
-BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10' 'nvidia-cutlass>=4.2'  # as in pyproject.toml
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+# As in pyproject.toml, and CUTLASS's headers, since --no-build-isolation installs none of it.
+BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10' 'nvidia-cutlass>=4.2'
+SOURCES := setup.py MANIFEST.in $(shell find csrc -name '[!_.]*' -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+PYTEST = $(PY) -m pytest -q --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest gpu-test sanitize build lint format bench wheel torch-matrix clean
@@ -14,17 +17,32 @@ CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# .packages: the environment and everything that the tests, examples and tools need; made again with pyproject.toml.
 $(VENV)/.packages: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "hf_flash needs Python 3.10 or newer; install it or run make PYTHON=/path/to/python3"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || { echo "hf_flash needs a C++17 compiler; install g++ or clang++ or set CXX"; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "hf_flash needs Python 3.10 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "hf_flash needs a C++17 compiler: install g++ or clang++, or set CXX"; exit 1; }
+	@echo 'int main() { if (int zero = 0; zero) return 1; }' | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only - || \
+		{ echo "hf_flash needs a C++17 compiler, and $${CXX:-c++} is none: set CXX to another"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)"; exit 1; }
+	@echo "hf_flash: filling $(VENV); the first time this downloads torch (some GB)"
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet $(BUILD_REQUIRES)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 # --no-build-isolation: the build uses the torch of .venv instead of downloading another.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The oldest supported transformers, with everything else from .venv behind it.
+$(OLDEST)/.packages: $(VENV)/.built
+	rm -rf $(OLDEST)
+	$(PY) -m venv --without-pip $(OLDEST)
+	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > \
+		$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(PY) -m pip --python $(OLDEST)/bin/python install --quiet 'transformers==$(OLDEST_TRANSFORMERS)'
 	@touch $@
 
 build: $(VENV)/.built  ## .venv with everything, both libraries compiled (again only when sources changed)
@@ -33,16 +51,17 @@ demo: $(VENV)/.built  ## fine-tune a real BERT on long documents: patched, measu
 	$(PY) examples/finetune_bert_long.py
 
 test: $(VENV)/.built  ## the CPU suite
-	$(PY) -m pytest -q tests
+	$(PYTEST) tests
 
-test-oldest: $(VENV)/.built  ## BERT, GPT-2 and T5 on the oldest supported transformers
-	bash tests/transformers/oldest.sh $(PY) $(OLDEST_TRANSFORMERS)
+test-oldest: $(OLDEST)/.packages  ## BERT, GPT-2 and T5 on the oldest supported transformers
+	$(OLDEST)/bin/python -c "import transformers; assert transformers.__version__ == '$(OLDEST_TRANSFORMERS)', transformers.__version__"
+	$(OLDEST)/bin/python -m pytest -q -m oldest tests/transformers
 
 gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU
-	$(PY) -m pytest -q -m "gpu and not sanitizer" tests
+	$(PYTEST) -m "gpu and not sanitizer" tests
 
 sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels; needs a CUDA GPU
-	$(PY) -m pytest -q -m sanitizer tests
+	$(PYTEST) -m sanitizer tests
 
 bench: $(VENV)/.built  ## measure against the peers: the GPU's where there is one, else the CPU's
 	$(PY) -m hf_flash bench
@@ -61,8 +80,8 @@ wheel: $(VENV)/.packages  ## dist/hf_flash-*-cp310-abi3-*.whl
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -l dist
 
-torch-matrix: wheel  ## the wheel under several torch releases
-	bash tests/build/torch_matrix.sh
+torch-matrix: wheel  ## that one wheel under several releases of torch, CPU-only and CUDA
+	bash tests/build/torch_matrix.sh $(PY) dist/hf_flash-*-cp310-abi3-*.whl
 
-clean:  ## remove what was built; keeps .venv
-	rm -rf build dist outputs *.egg-info hf_flash/*.so $(VENV)/.built
+clean:  ## remove what was built; keeps the packages in .venv
+	rm -rf build dist outputs *.egg-info hf_flash/*.so $(VENV)/.built $(OLDEST)

@@ -74,7 +74,7 @@ class NinjaFile:
         self.folder, self.lines, self.objects = folder, [], []
 
     def compiler(self, name: str, command: str, log: bool = False) -> None:
-        """A rule that compiles one file; with ``log`` the compiler's words go to OBJECT.log and are shown if it fails."""
+        """A rule that compiles one file; with ``log`` the compiler's words go to OBJECT.log, shown on failure."""
         command = f"{command} -MMD -MF $out.d -c $in -o $out"
         command += " > $out.log 2>&1 || (cat $out.log; false)" if log else ""
         self.lines.append(f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
@@ -116,11 +116,8 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     for source in [CSRC / "dispatch.cu", *sorted((CSRC / "portable").glob("*.cu"))]:
         file.compile("nvcc", source)
     file.compile("cxx", CSRC / "bindings.cpp")
-    file.link(
-        f"{nvcc} -shared -cudart static $in -o $out -L{toolkit}/lib -L{torch}/lib -Xlinker --no-as-needed -ltorch "
-        "-ltorch_cpu -Xlinker -z,defs -Xlinker -s",
-        library,
-    )
+    libraries = f"-L{toolkit}/lib -L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu -Xlinker -z,defs,-s"
+    file.link(f"{nvcc} -shared -nodlink -cudart static $in -o $out {libraries}", library)
 
 
 class Build(build_ext):
