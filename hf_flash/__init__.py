@@ -1,6 +1,32 @@
 """Fast, exact attention for the models that people fine-tune on Hugging Face."""
 
+import importlib
+
+from . import autoload
 from .attention import flash_attention
 from .version import __version__
 
-__all__ = ["__version__", "flash_attention"]
+# These need Transformers, which is imported when one of them is first asked for.
+_LAZY = {
+    "FlashAttentionCallback": "trainer",
+    "explain": "patching",
+    "is_patched": "patching",
+    "patch_model": "patching",
+    "patched": "patching",
+    "unpatch_model": "patching",
+}
+
+__all__ = ["__version__", "flash_attention", *_LAZY]
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+autoload.watch()

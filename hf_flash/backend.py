@@ -1,0 +1,377 @@
+"""Everything that Transformers sees: the attention function, the mask function, and how their names get registered.
+
+This is the only file that touches Transformers' private names; ``tests/transformers`` runs on the oldest and the newest
+supported release. The word "flash" in our name makes Transformers look for a package of flash-attn's functions
+(``_lazy_imports``), so :func:`install` answers that question for our name.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers.masking_utils as masking
+import transformers.modeling_flash_attention_utils as flash_utils
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from . import attention, registry, report, support
+from .fallback import Options, fall_back, options_of
+from .packing import Visibility, key_ranges, packing_from_cu_seqlens, packing_from_ids
+from .support import Unsupported
+
+NAME = "hf_flash"
+
+# Keywords that carry no meaning for the attention itself; any other that is not None makes the call fall back.
+_PASSIVE = {
+    "cache_position", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "past_key_values", "position_embeddings", "query_length", "return_dict", "token_type_ids",
+    "use_cache",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _closure(function) -> dict:
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def _narrower(a: int, b: int) -> int:
+    return max(a, b) if min(a, b) < 0 else min(a, b)
+
+
+def recognise(function) -> tuple[tuple[int, int], torch.Tensor | None] | None:
+    """A mask function as ((window_left, window_right), sequence numbers), None when it is something else.
+
+    Windows and packing arrive as closures, told apart by the function of masking_utils that made them.
+    """
+    if function is masking.causal_mask_function:
+        return (-1, 0), None
+    if function is masking.bidirectional_mask_function:
+        return (-1, -1), None
+    if torch.compiler.is_compiling() or getattr(function, "__module__", None) != masking.__name__:
+        return None
+    maker, cells = function.__qualname__.partition(".")[0], _closure(function)
+    if maker == "sliding_window_overlay" and cells["sliding_window"] > 0:
+        return (cells["sliding_window"] - 1, -1), None
+    if maker == "sliding_window_bidirectional_overlay" and cells["sliding_window"] >= 0:
+        return (cells["sliding_window"], cells["sliding_window"]), None
+    if maker == "packed_sequence_mask_function":
+        return (-1, -1), cells["packed_sequence_mask"]
+    if maker == "remap_positions_for_packed_sequence":  # windows count differences, which packed positions keep
+        return recognise(cells["mask_function"])
+    if maker != "and_masks":
+        return None
+    window, ids = (-1, -1), None
+    for part in cells["mask_functions"]:
+        found = recognise(part)
+        if found is None or (ids is not None and found[1] is not None):
+            return None
+        window = (_narrower(window[0], found[0][0]), _narrower(window[1], found[0][1]))
+        ids = found[1] if ids is None else ids
+    return window, ids
+
+
+def make_mask(
+    batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=masking.causal_mask_function,
+    attention_mask=None, cache_position=None, **kwargs,
+) -> Visibility:  # fmt: skip
+    """Transformers' mask function: called once per forward pass, its answer goes to every layer.
+
+    Never None, so a model that does not hand its mask to our attention function fails loudly.
+    """
+    if isinstance(attention_mask, Visibility):  # made in advance by generate() for a static cache
+        return attention_mask
+    counts_up = True
+    if cache_position is not None:  # transformers 5.0
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        kwargs["cache_position"] = cache_position
+        if not torch.compiler.is_compiling() and q_length > 1:
+            counts_up = bool((cache_position.diff() == 1).all())
+    else:
+        kwargs |= {"q_length": q_length, "q_offset": q_offset}
+    found = recognise(mask_function) if counts_up else None
+    if found is None:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        dense = masking.sdpa_mask(
+            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        return Visibility(batch_size, q_length, kv_length, mask=dense)
+    window, ids = found
+    offset = q_offset - kv_offset
+    if isinstance(offset, torch.Tensor) and offset.device.type == "cpu" and not torch.compiler.is_compiling():
+        offset = int(offset)
+    key_range = mask = None
+    if attention_mask is not None:
+        padding = masking.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        padding = padding[0] if isinstance(padding, tuple) else padding
+        key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool))
+    return Visibility(
+        batch_size, q_length, kv_length, window=window, query_offset=offset, key_range=key_range, mask=mask, ids=ids,
+        unpadded=key_range is None and ids is None,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _implied(module, q_length, k_length, is_causal, sliding_window, padding=None) -> Visibility:
+    """What no mask at all, or a 2D padding mask, means: scaled_dot_product_attention's convention.
+
+    Causal stands top-left, and keys beyond the queries (a static cache's free places) are not seen.
+    """
+    causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and q_length > 1
+    left = right = -1
+    if sliding_window is not None:
+        left = right = sliding_window - 1
+    right = 0 if causal else right
+    offset = 0 if q_length > 1 else k_length - 1
+    key_range, mask = (None, None) if padding is None else key_ranges(padding.to(torch.bool))
+    return Visibility(
+        1 if padding is None else padding.shape[0], q_length, k_length, window=(left, right), query_offset=offset,
+        key_range=key_range, mask=mask, unpadded=key_range is None,
+    )  # fmt: skip
+
+
+def _visibility(module, mask, query, key, is_causal, sliding_window) -> Visibility | torch.Tensor:
+    """The mask argument as Visibility; a 4D tensor stays."""
+    q_length, k_length = query.shape[2], key.shape[2]
+    if mask is None:
+        return _implied(module, q_length, k_length, is_causal, sliding_window)
+    if isinstance(mask, Visibility):
+        if is_causal is False and getattr(module, "is_causal", False) and mask.window[1] == 0:
+            return mask.bidirectional()  # a decoder asked to work as an encoder
+        return mask
+    if mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        return mask
+    if mask.dim() == 2 and tuple(mask.shape) == (key.shape[0], k_length):
+        return _implied(module, q_length, k_length, is_causal, sliding_window, mask)
+    raise ValueError(
+        f"hf_flash [MASK]: attention_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be 2D of shape "
+        f"(batch, keys) = {(key.shape[0], k_length)}, or 4D, bool (True = visible) or floating point (added)"
+    )
+
+
+def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, seq_idx) -> Visibility | torch.Tensor:
+    """Add the packing that keywords announce. Never lets two packed sequences see each other."""
+    cu_q, cu_k, max_q, max_k = cu_seq_lens
+    one_row = query.shape[0] == 1 and query.shape[2] > 1
+    cross = behaviour.is_cross(module)
+    if cu_q is not None or cu_k is not None or (seq_idx is not None and one_row):
+        if cross or not isinstance(visible, Visibility) or not visible.unpadded:
+            what = "cross-attention" if cross else "an attention_mask that hides keys"
+            raise ValueError(
+                f"hf_flash [PACKED]: {type(module).__name__} got packed sequences (cu_seq_lens_q, cu_seq_lens_k or "
+                f"seq_idx) together with {what}; pass padded batches there, or packed ones without a mask"
+            )
+        if cu_q is None or cu_k is None:
+            if seq_idx is None:
+                raise ValueError("hf_flash [PACKED]: cu_seq_lens_q and cu_seq_lens_k go together; pass both")
+            return visible.with_packing(seq_idx, lambda: packing_from_ids(seq_idx.reshape(1, -1)))
+        return visible.with_packing(cu_q, lambda: packing_from_cu_seqlens(cu_q, cu_k, max_q, max_k))
+    if not (one_row and isinstance(visible, Visibility) and position_ids is not None and position_ids.dim() == 2):
+        return visible
+    if position_ids.shape != (1, query.shape[2]) or not (visible.unpadded or cross):
+        return visible
+    if cross:
+        if not torch.compiler.is_compiling() and visible.packed_by(position_ids) is not visible:
+            raise ValueError(
+                f"hf_flash [PACKED]: position_ids restart, so the batch holds packed sequences, and "
+                f"{type(module).__name__} attends to another sequence: which part belongs to which is not known. Pass "
+                "padded batches instead"
+            )
+        return visible
+    return visible.packed_by(position_ids) if query.shape[2] == key.shape[2] else visible
+
+
+def _precision(query, key, value, options: Options):
+    """q, k and v in the dtype to attend in: autocast's, or the one that patch_model's fp32 argument names."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        narrow = [t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (query, key, value)]
+        return *narrow, narrow[0].dtype
+    if options.fp32 in ("bfloat16", "float16") and query.dtype == torch.float32:
+        reason = support.device_reason(device, query.device.index, query.dtype)
+        if reason is not None and reason[0] == "FP32":
+            dtype = getattr(torch, options.fp32)
+            return query.to(dtype), key.to(dtype), value.to(dtype), query.dtype
+    return query, key, value, query.dtype
+
+
+def _refusal(behaviour, module, options: Options, output_attentions, cache, others) -> Unsupported | None:
+    """Why a call is not for our kernel, as far as that is known before looking at its tensors."""
+    if report.disabled():
+        return Unsupported("DISABLED", "HF_FLASH_DISABLE=1 is set")
+    if options.excluded:
+        return Unsupported("EXCLUDED", "patch_model was told to leave this module out")
+    if behaviour is None:
+        return registry.class_reason(type(module))
+    if output_attentions:
+        return Unsupported(
+            "OUTPUT_ATTENTIONS", "the weights asked for by output_attentions=True are never stored by a fused kernel"
+        )
+    if cache is not None:
+        return Unsupported(
+            "PAGED_CACHE", "continuous batching's paged cache is not supported; use attn_implementation='sdpa' there"
+        )
+    unknown = sorted(name for name, value in others.items() if value is not None and value is not False)
+    unknown = [name for name in unknown if name not in _PASSIVE]
+    if unknown:
+        return Unsupported("KEYWORD", f"the keywords {unknown} may change what is computed and are not known")
+    return None
+
+
+def _rows(t: torch.Tensor, packed: bool) -> torch.Tensor:
+    """(B, H, S, D) -> (B, S, H, D), packed (B * S, H, D)."""
+    t = t.transpose(1, 2)
+    return t.flatten(0, 1) if packed else t
+
+
+def _addition(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return bias if bias.dtype in (dtype, torch.float32) else bias.float()
+
+
+def attention_forward(
+    module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
+    sliding_window=None, softcap=None, position_bias=None, s_aux=None, position_ids=None, cu_seq_lens_q=None,
+    cu_seq_lens_k=None, max_length_q=None, max_length_k=None, seq_idx=None, output_attentions=None,
+    deterministic=None, cache=None, **others,
+):  # fmt: skip
+    """Transformers' attention function. q (B, Hq, Sq, D), k and v (B, Hk, Sk, D); returns (out (B, Sq, Hq, Dv), None).
+
+    What our kernel cannot do goes to Transformers' own attention with a reason in the report, or raises if so asked.
+    """
+    options = options_of(module)
+    behaviour = registry.behaviour_of(type(module))
+    visible = _visibility(module, attention_mask, query, key, is_causal, sliding_window)
+    if behaviour is not None:
+        keywords = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        visible = _packed(visible, behaviour, module, query, key, position_ids, keywords, seq_idx)
+        if position_bias is not None and behaviour.no_bias(module):
+            position_bias = None
+    reason = _refusal(behaviour, module, options, output_attentions, cache, others)
+    q, k, v, out_dtype = _precision(query, key, value, options)
+    if reason is None:
+        call = {
+            "scale": scaling, "softcap": softcap or 0.0, "dropout_p": dropout,
+            "deterministic": options.deterministic if options.deterministic is not None else deterministic,
+        }  # fmt: skip
+        bias = position_bias
+        if isinstance(visible, Visibility):
+            call |= visible.arguments(q.shape[0], q.shape[2], k.shape[2], q.device)
+        elif visible.dtype == torch.bool:
+            call["mask"] = visible[..., : k.shape[2]]
+        else:
+            given = visible[..., : k.shape[2]]
+            bias = given if bias is None else bias + given
+        if bias is not None:
+            call["bias"] = _addition(bias, q.dtype)
+        if s_aux is not None:
+            call["sink"] = _addition(s_aux, q.dtype)
+        packed = "cu_seqlens_q" in call
+        q, k, v = (_rows(t, packed) for t in (q, k, v))
+        reason = support.unsupported(q, k, v, **call)
+    if reason is None:
+        out = attention.flash_attention(q, k, v, **call)
+        report.count_served(module)
+        out = out.unflatten(0, (query.shape[0], -1)) if packed else out
+        return out if out.dtype == out_dtype else out.to(out_dtype), None
+    if reason.code == "ARGUMENT":
+        raise reason.exception()
+    report.note_fallback(module, reason, options.on_fallback)
+    others |= {
+        "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap,
+        "position_bias": position_bias, "s_aux": s_aux, "output_attentions": output_attentions, "cache": cache,
+    }  # fmt: skip
+    return fall_back(module, query, key, value, visible, reason, options, others)
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _answer_lazy_imports(original):
+    """Transformers asks for flash-attn's functions under every name with "flash" in it; these are ours."""
+    newer = hasattr(flash_utils, "_flash_with_kvcache_fn")  # since 5.5 or so a fifth function is expected
+
+    @functools.wraps(original)
+    def _lazy_imports(implementation, *args, **kwargs):
+        if implementation != NAME:
+            return original(implementation, *args, **kwargs)
+        func = getattr(attention, "flash_attn_func", attention.flash_attention)
+        varlen = getattr(attention, "flash_attn_varlen_func", attention.flash_attention)
+        pad = (flash_utils._pad_input, flash_utils._unpad_input)
+        return (func, varlen, None, *pad) if newer else (func, varlen, *pad)
+
+    return _lazy_imports
+
+
+def attach_rules(model: nn.Module) -> None:
+    """Register the forward pre-hooks that some models need (``ModelRule.prepare``), once."""
+    for module in model.modules():
+        rule = registry.rule_of(type(module))
+        if rule is None or rule.prepare is None or rule.prepare in module._forward_pre_hooks.values():
+            continue
+        module.register_forward_pre_hook(rule.prepare, with_kwargs=True)
+
+
+def detach_rules(model: nn.Module) -> None:
+    for module in model.modules():
+        rule = registry.rule_of(type(module))
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if rule is not None and hook is rule.prepare:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _raise_for(model) -> None:
+    reason = registry.interface_reason(type(model))
+    if reason is not None:
+        raise ValueError(
+            f"hf_flash [{reason.code}]: {type(model).__name__} cannot use attn_implementation='{NAME}': "
+            f"{reason.sentence}"
+        )
+
+
+def _check_model(original):
+    """Refuse models off the list where from_pretrained, from_config and set_attn_implementation come by."""
+
+    @functools.wraps(original)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME:
+            _raise_for(self)
+            attach_rules(self)
+        return original(self, requested_attention, *args, **kwargs)
+
+    return get_correct_attn_implementation
+
+
+def _check_switch(original):
+    """set_attn_implementation only warns where a model is off the interface; with our name it raises."""
+
+    @functools.wraps(original)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation == NAME:
+            for module in self.modules():
+                if isinstance(module, PreTrainedModel):
+                    _raise_for(module)
+        original(self, attn_implementation, *args, **kwargs)
+        if attn_implementation == NAME:
+            attach_rules(self)
+
+    return set_attn_implementation
+
+
+def install() -> None:
+    """Register the name with Transformers. Safe to call again."""
+    if NAME in AttentionInterface._global_mapping:
+        return
+    registry.load_patches()
+    flash_utils._lazy_imports = _answer_lazy_imports(flash_utils._lazy_imports)
+    PreTrainedModel.get_correct_attn_implementation = _check_model(PreTrainedModel.get_correct_attn_implementation)
+    PreTrainedModel.set_attn_implementation = _check_switch(PreTrainedModel.set_attn_implementation)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, make_mask)

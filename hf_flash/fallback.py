@@ -1,0 +1,76 @@
+"""Calls that our kernel does not serve: Transformers' own sdpa or eager attention, with the same visibility."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .packing import Visibility
+from .report import ASKED_FOR
+from .support import Unsupported
+
+RECORD = "_hf_flash"  # name under which patch_model leaves its record in a module's __dict__
+
+
+class Options(NamedTuple):
+    """What patch_model was asked for, as far as a call needs it."""
+
+    on_fallback: str = "warn"
+    fp32: str = "fallback"
+    deterministic: bool | None = None
+    excluded: bool = False
+    original: str = "sdpa"
+
+
+_DEFAULT = Options()
+
+
+def options_of(module: nn.Module) -> Options:
+    record = getattr(module, RECORD, None)
+    return _DEFAULT if record is None or record.options is None else record.options
+
+
+def _eager(module: nn.Module):
+    """eager_attention_forward of the file that the module's class, or its parent, stands in."""
+    for parent in type(module).__mro__:
+        found = getattr(sys.modules.get(parent.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    return None
+
+
+def _needs_eager(reason: Unsupported, options: Options, keywords: dict) -> bool:
+    """sdpa drops these in silence or refuses them; what an unknown keyword means the model's eager attention says."""
+    if reason.code in ("OUTPUT_ATTENTIONS", "KEYWORD") or keywords["output_attentions"]:
+        return True
+    if keywords["softcap"] is not None or keywords["s_aux"] is not None:
+        return True
+    return options.original == "eager" and reason.code in ASKED_FOR
+
+
+def fall_back(module, query, key, value, visible, reason: Unsupported, options: Options, keywords: dict):
+    """Run a call in Transformers' own attention; arguments as for ``backend.attention_forward``."""
+    eager = _eager(module) if _needs_eager(reason, options, keywords) else None
+    q_length, k_length = query.shape[2], key.shape[2]
+    mask, is_causal = visible, keywords["is_causal"]
+    if isinstance(visible, Visibility):
+        may_be_plain = eager is None and keywords["position_bias"] is None
+        plain = visible.is_plain(q_length, k_length) if may_be_plain else None
+        if plain is not None:
+            mask, is_causal = None, plain == "causal"
+        else:
+            mask, is_causal = visible.dense(query.shape[0], q_length, k_length, query.device), False
+            mask = mask.expand(query.shape[0], 1, q_length, k_length)
+    if eager is None:
+        keywords = {name: v for name, v in keywords.items() if v is not None and name != "output_attentions"}
+        keywords["is_causal"] = is_causal
+        return AttentionInterface._global_mapping["sdpa"](module, query, key, value, mask, **keywords)
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, lowest)
+    keywords = {name: v for name, v in keywords.items() if v is not None}
+    return eager(module, query, key, value, mask, **keywords)

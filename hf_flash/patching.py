@@ -1,0 +1,382 @@
+"""``patch_model`` and its way back: a loaded Transformers model computes its attention with our kernels, in place.
+
+A patched model holds private copies of its configs, with ``attn_implementation`` switched, so a second model built from
+the same config object is not touched. Modules that do not go through Transformers' attention interface get a subclass
+with the same parameters. Each module that changed carries a small record of what it was, which deepcopy and pickle
+take along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from . import backend, ops, registry, report, support
+from .fallback import RECORD, Options
+from .report import Report, Row, logger
+from .support import Unsupported
+
+__all__ = ["explain", "is_patched", "patch_model", "patched", "unpatch_model"]
+
+_CHOICES = {
+    "on_unsupported": ("warn", "error", "ignore"),
+    "on_fallback": ("warn", "error", "ignore"),
+    "fp32": ("fallback", "error", "bfloat16", "float16"),
+}
+
+
+@dataclass
+class _ConfigCopy:
+    """A config that was replaced by a private copy. before: the copy's values when it was made."""
+
+    original: PreTrainedConfig
+    private: PreTrainedConfig
+    before: dict
+
+    def write_back(self) -> None:
+        """Give the original what was changed on the copy since, except the attention implementation."""
+        now, original = self.private.__dict__, self.original.__dict__
+        for name in now.keys() | self.before.keys():
+            if name == "_attn_implementation_internal" or isinstance(now.get(name), PreTrainedConfig):
+                continue
+            if name not in now:
+                original.pop(name, None)
+            elif name not in self.before or now[name] != self.before[name]:
+                original[name] = now[name]
+
+
+@dataclass
+class Record:
+    """What patch_model changed on one module. request: its arguments, on the module it was called with."""
+
+    options: Options | None = None
+    configs: dict[str, _ConfigCopy] = field(default_factory=dict)
+    original_class: type | None = None
+    request: dict | None = None
+
+
+@dataclass
+class _Found:
+    """An attention module of a model, with the module that holds its config."""
+
+    name: str
+    module: nn.Module
+    holder: nn.Module | None
+    reason: Unsupported | None
+
+    @property
+    def config(self) -> PreTrainedConfig | None:
+        return None if self.holder is None else self.holder.config
+
+
+def _original_class(module: nn.Module) -> type:
+    record = getattr(module, RECORD, None)
+    return type(module) if record is None or record.original_class is None else record.original_class
+
+
+def _attentions(model: nn.Module) -> list[_Found]:
+    """Every module that attends: those on the list, and innermost ones whose class is named so."""
+    found = []
+
+    def visit(name: str, module: nn.Module, holder: nn.Module | None, seen: set) -> bool:
+        if module in seen:
+            return False
+        seen.add(module)
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            holder = module
+        here = len(found)
+        inner = [visit(f"{name}.{child}".lstrip("."), m, holder, seen) for child, m in module.named_children()]
+        cls = _original_class(module)
+        known = registry.behaviour_of(cls) is not None
+        if known or ("Attention" in cls.__name__ and not any(inner)):
+            found.insert(here, _Found(name, module, holder, registry.class_reason(cls)))
+            return True
+        return any(inner)
+
+    visit("", model, None, set())
+    return found
+
+
+def _selected(found: _Found, include, exclude) -> bool:
+    def matches(patterns) -> bool:
+        if callable(patterns):
+            return bool(patterns(found.name, found.module))
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        return any(fnmatch.fnmatchcase(found.name, pattern) for pattern in patterns)
+
+    return (include is None or matches(include)) and (exclude is None or not matches(exclude))
+
+
+def _judge(attentions: list[_Found], wanted: set[int]) -> dict[int, Unsupported | None]:
+    """id of each attention module -> why it stays as it is, None where it can be patched.
+
+    Modules of one config share one mask, so they are patched together or not at all.
+    """
+    blocked: dict[int, _Found] = {}
+    useful: set[int] = set()
+    for found in attentions:
+        if found.holder is None:
+            found.reason = found.reason or Unsupported("NO_CONFIG", "no module above it holds a Transformers config")
+        elif found.reason is not None:
+            blocked.setdefault(id(found.config), found)
+        elif id(found.module) in wanted:
+            useful.add(id(found.config))
+    reasons = {}
+    for found in attentions:
+        reason = found.reason
+        if reason is None and id(found.config) in blocked:
+            other = blocked[id(found.config)]
+            reason = Unsupported(other.reason.code, f"it shares its mask with {other.name}: {other.reason.sentence}")
+        if reason is None and id(found.config) not in useful:
+            reason = Unsupported("EXCLUDED", "patch_model was told to leave this module out")
+        reasons[id(found.module)] = reason
+    return reasons
+
+
+def _copy_configs(model: nn.Module) -> dict[int, _ConfigCopy]:
+    """Private copies of all configs in a model: id of the original -> copy. Put in place by _use_configs."""
+    originals: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, PreTrainedConfig):
+                originals[id(value)] = value
+    memo: dict = {}
+    copies = {}
+    for key, original in originals.items():
+        private = copy.deepcopy(original, memo)
+        before = {n: copy.deepcopy(v) for n, v in private.__dict__.items() if not isinstance(v, PreTrainedConfig)}
+        copies[key] = _ConfigCopy(original, private, before)
+    return copies
+
+
+def _record(module: nn.Module) -> Record:
+    return module.__dict__.setdefault(RECORD, Record())
+
+
+def _check_arguments(given: dict) -> None:
+    for name, allowed in _CHOICES.items():
+        if given[name] not in allowed:
+            raise ValueError(f"hf_flash: {name}={given[name]!r}; allowed is one of {', '.join(map(repr, allowed))}")
+
+
+def patch_model(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | Callable | None = None,
+    exclude: str | Iterable[str] | Callable | None = None,
+    on_unsupported: str = "warn",
+    on_fallback: str = "warn",
+    fp32: str = "fallback",
+    padding_free: bool = False,
+    deterministic: bool | None = None,
+) -> nn.Module:
+    """Let a loaded Transformers model compute its attention with hf_flash, in place.
+
+    Weights, state_dict keys, dtype, mode, hooks and the random state stay as they are. Calling again with the same
+    arguments changes nothing; with others it patches anew.
+
+    Args:
+        model: any module that holds Transformers models (a task model, a PEFT or DDP wrapper, ...).
+        include, exclude: glob patterns of module names (``"encoder.layer.0.*"``), or a function
+            ``(name, module) -> bool``; default: every attention module on the list. Modules left out of a model that
+            is otherwise patched run in the attention they had before.
+        on_unsupported: "warn", "error" or "ignore", for modules that cannot be patched.
+        on_fallback: "warn" (once for each class and reason), "error" or "ignore", for calls that our kernels do not
+            serve; they run in Transformers' own attention.
+        fp32: for float32 tensors outside autocast on devices whose kernels take half precision: "fallback" to
+            Transformers' attention, raise an "error", or attend in "bfloat16" or "float16" and cast the result back.
+        padding_free: drop padding tokens before the first layer of BERT-like encoders and put them back after the
+            last. The results at padding tokens are then zeros.
+        deterministic: gradients with the same bits on every run; None follows torch.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an argument is wrong. NotImplementedError: a module cannot be patched and ``on_unsupported`` is
+        "error" or HF_FLASH_STRICT=1 is set. HF_FLASH_DISABLE=1 makes this function do nothing.
+    """
+    request = {
+        "include": include, "exclude": exclude, "on_unsupported": on_unsupported, "on_fallback": on_fallback,
+        "fp32": fp32, "padding_free": padding_free, "deterministic": deterministic,
+    }  # fmt: skip
+    _check_arguments(request)
+    backend.install()
+    if report.disabled():
+        logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
+        return model
+    record = getattr(model, RECORD, None)
+    if record is not None and record.request == request:
+        return model
+    unpatch_model(model, _keep_counts=True)
+    attentions = _attentions(model)
+    wanted = {id(found.module) for found in attentions if _selected(found, include, exclude)}
+    reasons = _judge(attentions, wanted)
+    _complain(model, attentions, reasons, on_unsupported)
+    if any(reason is None for reason in reasons.values()):
+        options = Options(on_fallback=on_fallback, fp32=fp32, deterministic=deterministic)
+        _apply(model, attentions, reasons, wanted, options, padding_free)
+        _record(model).request = request
+    _warn_without_cuda_library()
+    logger.info("%s", str(explain(model)).splitlines()[0])
+    return model
+
+
+def _apply(model, attentions, reasons, wanted, options: Options, padding_free: bool) -> None:
+    good = {id(found.config) for found in attentions if reasons[id(found.module)] is None}
+    bad = {id(found.config) for found in attentions if reasons[id(found.module)] is not None}
+    copies = _copy_configs(model)
+    for found in attentions:
+        if reasons[id(found.module)] is None:
+            original = found.config._attn_implementation or "sdpa"
+            excluded = id(found.module) not in wanted
+            record = _record(found.module)
+            record.options = options._replace(excluded=excluded, original=original)
+            behaviour = registry.behaviour_of(type(found.module))
+            if not registry.through_interface(type(found.module)):
+                _swap(found.module, behaviour.replacement)
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, PreTrainedConfig):
+                _record(module).configs[name] = copies[id(value)]
+                module.__dict__[name] = copies[id(value)].private
+        rule = registry.rule_of(type(module))
+        if padding_free and rule is not None and rule.padding_free is not None:
+            _swap(module, rule.padding_free)
+    for key, config in copies.items():
+        # A config without attention modules of its own (a composite's) follows when nothing below it was refused.
+        if key in good or (key not in bad and not bad):
+            config.private._attn_implementation_internal = backend.NAME
+    backend.attach_rules(model)
+
+
+def _swap(module: nn.Module, mixin: type) -> None:
+    _record(module).original_class = type(module)
+    module.__class__ = registry.swapped_class(mixin, type(module))
+
+
+def _complain(model, attentions, reasons, on_unsupported: str) -> None:
+    skipped = [f for f in attentions if reasons[id(f.module)] is not None and reasons[id(f.module)].code != "EXCLUDED"]
+    if attentions and not skipped:
+        return
+    if attentions:
+        reason = reasons[id(skipped[0].module)]
+        text = f"{len(skipped)} of {len(attentions)} attention modules of {type(model).__name__} stay as they are"
+        text += f" [{reason.code}]: {reason.sentence}"
+    else:
+        text = f"{type(model).__name__} has no attention module that hf_flash knows [MODEL]"
+    if on_unsupported == "error" or report.strict():
+        raise NotImplementedError(f"hf_flash: {text}")
+    if on_unsupported == "warn":
+        logger.warning("%s", text)
+
+
+_warned_cuda = False
+
+
+def _warn_without_cuda_library() -> None:
+    """pip hides what a build prints, so a machine with a GPU hears here that it got no CUDA kernels."""
+    global _warned_cuda
+    if _warned_cuda or not torch.cuda.is_available() or ops.has_kernel("forward", "cuda"):
+        return
+    _warned_cuda = True
+    why = ops.LIBRARIES["cuda"] if ops.LIBRARIES["cuda"].startswith("not loaded") else "this build has no kernel yet"
+    logger.warning("this machine has a GPU, but hf_flash has no CUDA kernels and attention there falls back: %s", why)
+
+
+def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
+    """Undo :func:`patch_model` on a model or a part of it: the same config objects, classes and attention as before.
+
+    Settings changed on the patched model's config in the meantime (``use_cache``, ``problem_type``, ...) are kept.
+    Does nothing on a model that is not patched. Returns the same model.
+    """
+    records = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
+    written = set()
+    for module, record in records:
+        for name, config in record.configs.items():
+            if id(config) not in written:
+                written.add(id(config))
+                config.write_back()
+            if module.__dict__.get(name) is config.private:
+                module.__dict__[name] = config.original
+        if record.original_class is not None:
+            module.__class__ = record.original_class
+        del module.__dict__[RECORD]
+    if records:
+        backend.detach_rules(model)
+    if not _keep_counts:
+        for module in model.modules():
+            report.forget(module)
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **arguments):
+    """``with hf_flash.patched(model): ...`` patches for a block of code and restores, after an exception too.
+
+    Arguments as for :func:`patch_model`. A model that was patched before is so again afterwards.
+    """
+    before = getattr(getattr(model, RECORD, None), "request", None)
+    try:
+        yield patch_model(model, **arguments)
+    finally:
+        unpatch_model(model)
+        if before is not None:
+            patch_model(model, **before)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any attention module of the model uses hf_flash, through patch_model or attn_implementation."""
+    return any(_uses_us(found) for found in _attentions(model))
+
+
+def _uses_us(found: _Found) -> bool:
+    config, options = found.config, getattr(getattr(found.module, RECORD, None), "options", None)
+    excluded = options is not None and options.excluded
+    return found.reason is None and config is not None and config._attn_implementation == backend.NAME and not excluded
+
+
+def explain(model: nn.Module) -> Report:
+    """What hf_flash does for each attention module of a model: print the result.
+
+    Each row says "patched", "fallback" (patched, but calls went to Transformers' attention) or "skipped", the reason's
+    code, and how many calls our kernel served; ``Report.share`` is the share over all calls so far.
+    """
+    rows = []
+    for found in _attentions(model):
+        row = Row(found.name, _original_class(found.module).__name__, "patched")
+        if not _uses_us(found):
+            options = getattr(getattr(found.module, RECORD, None), "options", None)
+            reason = found.reason or (
+                Unsupported("EXCLUDED", "patch_model was told to leave this module out")
+                if options is not None and options.excluded
+                else Unsupported("NOT_PATCHED", "hf_flash.patch_model(model) or attn_implementation='hf_flash' uses it")
+            )
+            row.status, row.code, row.sentence = "skipped", reason.code, reason.sentence
+        else:
+            calls = report.calls_of(found.module)
+            row.served, row.fallbacks = calls.served, dict(calls.fallbacks)
+            if calls.fallbacks:
+                row.status, row.code = "fallback", calls.fallbacks.most_common(1)[0][0]
+                row.sentence = calls.reasons[row.code]
+        rows.append(row)
+    return Report(type(model).__name__, rows, *_kernel(model))
+
+
+def _kernel(model: nn.Module) -> tuple[str, list[str]]:
+    """Which kernel serves the model's device and dtype, and notes about it."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return "no parameters", []
+    device, dtype = parameter.device, str(parameter.dtype).removeprefix("torch.")
+    reason = support.device_reason(device.type, device.index, parameter.dtype)
+    if reason is None:
+        return f"{device.type} kernel, {dtype}", []
+    return f"no {device.type} kernel for {dtype} [{reason[0]}]", [reason[1]]

@@ -1,0 +1,64 @@
+"""``FlashAttentionCallback``: a Trainer whose model attends with hf_flash while it trains."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+from .patching import explain, is_patched, patch_model, unpatch_model
+from .report import Report, logger
+
+__all__ = ["FlashAttentionCallback"]
+
+
+class FlashAttentionCallback(TrainerCallback):
+    """Patch the model that a ``Trainer`` trains: ``Trainer(..., callbacks=[FlashAttentionCallback()])``.
+
+    The model is patched when the Trainer is made, before accelerate, DDP, FSDP or compile wrap it (and again when
+    training begins, for a callback added later or a model that ``model_init`` made anew), and stays so for evaluation
+    and prediction. Saved checkpoints are plain Transformers checkpoints.
+
+    Trainer gives a callback no word after an exception, so a run that fails leaves the model patched;
+    ``hf_flash.unpatch_model(model)`` or ``callback.restore()`` undoes it. Training again is safe in any case.
+
+    Args:
+        restore_on_train_end: undo the patch when training ends instead of leaving the model patched.
+        **arguments: passed to :func:`hf_flash.patch_model`.
+    """
+
+    def __init__(self, *, restore_on_train_end: bool = False, **arguments):
+        self.restore_on_train_end = restore_on_train_end
+        self.arguments = arguments
+        self.model = None
+
+    def _patch(self, model) -> None:
+        if model is None:
+            return
+        if self.model is not None and self.model is not model:
+            self.restore()
+        already = self.model is model or is_patched(model)
+        if self.model is None and is_patched(model):
+            return  # patched by the user, who decides when that ends
+        patch_model(model, **self.arguments)
+        self.model = model
+        if not already:
+            logger.info("%s", explain(model))
+
+    def restore(self) -> None:
+        """Undo the patch now. Does nothing when this callback patched nothing."""
+        if self.model is not None:
+            unpatch_model(self.model)
+            self.model = None
+
+    def report(self) -> Report | None:
+        """What ran where so far (:func:`hf_flash.explain`), None before the model is known."""
+        return None if self.model is None else explain(self.model)
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self._patch(model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._patch(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.restore_on_train_end:
+            self.restore()
