@@ -4,6 +4,7 @@
 
 #include "attention/dropout.h"
 #include "instructions/arithmetic.cuh"
+#include "params.h"
 #include "tile/fragment.cuh"
 
 namespace hf_flash {

@@ -2,7 +2,9 @@
 // (or Q and dO) stay in the L2 cache.
 #pragma once
 
-#include "params.h"
+#include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace hf_flash {
 
@@ -10,19 +12,21 @@ struct TileSchedule {
   int32_t tiles;  // tiles of the longest sequence
   int32_t heads;
   int32_t batch;
+  int32_t first_batch = 0;  // the grid's z dimension ends at 65535; larger batches take several launches
 
-  unsigned grid() const { return static_cast<unsigned>(int64_t(tiles) * heads * batch); }
+  static constexpr int kMaxBatch = 65535;
+
+  dim3 grid() const { return dim3(tiles, heads, batch - first_batch < kMaxBatch ? batch - first_batch : kMaxBatch); }
 
   struct Work {
     int tile, head, batch;
   };
 
-  // reverse: last tile first. A causal head's last query tile sees the most keys: longest first keeps the end short.
-  __device__ Work at(unsigned index, bool reverse) const {
-    const unsigned row = index / tiles;
-    const int tile = index - row * tiles;
-    const unsigned b = row / heads;
-    return {reverse ? tiles - 1 - tile : tile, static_cast<int>(row - b * heads), static_cast<int>(b)};
+  // This CTA's work. reverse: last tile first. A causal head's last query tile sees the most keys, and what takes longest
+  // should start first.
+  __device__ Work work(bool reverse) const {
+    const int tile = blockIdx.x;
+    return {reverse ? tiles - 1 - tile : tile, static_cast<int>(blockIdx.y), first_batch + static_cast<int>(blockIdx.z)};
   }
 };
 

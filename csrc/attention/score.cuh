@@ -15,6 +15,8 @@ namespace hf_flash {
 template <bool TRANSPOSED, int ROWS, int COLS>
 __device__ __forceinline__ void hide_invisible(Accumulator<ROWS, COLS>& s, const AttentionParams& p,
                                                const Sequence& sequence, int i0, int j0) {
+  i0 = opaque(i0);
+  j0 = opaque(j0);
 #pragma unroll
   for (int r = 0; r < RowVector<ROWS>::kCount; ++r) {
     const int row = (TRANSPOSED ? j0 : i0) + RowVector<ROWS>::row(r);
@@ -39,6 +41,8 @@ __device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequ
          col_begin >= sequence.keys_of(p, row_end - 1, row_end).begin &&
          col_end <= sequence.keys_of(p, row_begin, row_begin + 1).end;
 }
+
+constexpr float kLowestBias = -2.0e38f;  // times log2 e above softmax.cuh's kNothingSeen
 
 // The terms that most calls do without.
 template <class T, bool TRANSPOSED>
@@ -135,12 +139,12 @@ struct ScoreExtras {
       for_each_pair(s, sequence, i0, [&](float& low, float& high, int i, int col) {
         const Pair pair =
             *reinterpret_cast<const Pair*>(reinterpret_cast<const B*>(bias) + i * p.bias.row + (j0 + col));
-        low += to_natural(pair.low) * kLog2E;
-        high += to_natural(pair.high) * kLog2E;
+        low += to_log2(to_natural(pair.low));
+        high += to_log2(to_natural(pair.high));
       });
     } else {
       for_each_element(s, sequence, i0, j0, [&](float& x, int i, int j) {
-        x += to_natural(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]) * kLog2E;
+        x += to_log2(to_natural(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]));
       });
     }
   }
@@ -161,6 +165,10 @@ struct ScoreExtras {
     }
   }
 
+  // The lowest finite numbers, which callers use to mean "hardly visible", must not become -inf.
+  __device__ static float to_log2(float bias) {
+    return bias == -CUDART_INF_F ? bias : fmaxf(bias, kLowestBias) * kLog2E;
+  }
   __device__ static float to_natural(float x) { return x; }
   __device__ static float to_natural(T x) { return to_float(x); }
 

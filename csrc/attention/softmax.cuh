@@ -12,34 +12,37 @@ namespace hf_flash {
 // of two: until then probabilities grow to at most 2^8, far inside float16, and most tiles rescale nothing.
 constexpr float kMaximumSlack = 8.0f;
 
+// Stands for "nothing visible yet": finite, so that exp2(-inf - it) is 0 and never NaN, and below every finite score.
+constexpr float kNothingSeen = -3.0e38f;
+
 template <int ROWS>
 struct OnlineSoftmax {
-  RowVector<ROWS> max;     // reference maximum in units of the scores; -inf: nothing visible yet
-  RowVector<ROWS> shift;   // max * factor, 0 while max is -inf, so that exp2(-inf - shift) is 0 and never NaN
-  RowVector<ROWS> sum;     // this lane's part of the row's sum of exponentials
+  RowVector<ROWS> max;  // reference maximum in log2 units
+  RowVector<ROWS> sum;  // this lane's part of the row's sum of exponentials
 
   __device__ OnlineSoftmax() {
-    max.fill(-CUDART_INF_F);
-    shift.fill(0.0f);
+    max.fill(kNothingSeen);
     sum.fill(0.0f);
   }
 
   // Takes the scores' maxima into account; rescales sum and out where a maximum moved. factor > 0.
   template <int KEYS, int COLS>
   __device__ __forceinline__ void update_max(const Accumulator<ROWS, KEYS>& s, Accumulator<ROWS, COLS>& out,
-                                             float factor, float slack) {
+                                             float factor) {
     RowVector<ROWS> top = lane_row_max(s);
     bool moved = false;
 #pragma unroll
-    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) moved |= top.v[i] > max.v[i] + slack;
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+      top.v[i] *= factor;
+      moved |= top.v[i] > max.v[i] + kMaximumSlack;
+    }
     if (!any_lane(moved)) return;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
       const float row_top = quad_max(top.v[i]);
-      if (!(row_top > max.v[i] + slack)) continue;
-      const float correction = exp2_fast((max.v[i] - row_top) * factor);
-      max.v[i] = row_top;
-      shift.v[i] = row_top * factor;
+      const float new_max = row_top > max.v[i] + kMaximumSlack ? row_top : max.v[i];
+      const float correction = exp2_fast(max.v[i] - new_max);
+      max.v[i] = new_max;
       sum.v[i] *= correction;
 #pragma unroll
       for (int n = 0; n < COLS / 8; ++n) {
@@ -58,7 +61,7 @@ struct OnlineSoftmax {
       for (int n = first_n; n < first_n + count; ++n) {
 #pragma unroll
         for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
-          s.x[i / 2][n][e] = exp2_fast(s.x[i / 2][n][e] * factor - shift.v[i]);
+          s.x[i / 2][n][e] = exp2_fast(s.x[i / 2][n][e] * factor - max.v[i]);
           sum.v[i] += s.x[i / 2][n][e];
         }
       }
@@ -70,8 +73,8 @@ struct OnlineSoftmax {
   __device__ __forceinline__ float finish(int i, float sink_log2, float& lse) {
     const float total = quad_sum(sum.v[i]);
     const bool sees = total != 0.0f;  // true for NaN
-    const float top = sees ? fmaxf(shift.v[i], sink_log2) : sink_log2;
-    const float own = sees ? exp2_fast(shift.v[i] - top) : 0.0f;
+    const float top = sees ? fmaxf(max.v[i], sink_log2) : sink_log2;
+    const float own = sees ? exp2_fast(max.v[i] - top) : 0.0f;
     const float denominator = total * own + (sink_log2 == -CUDART_INF_F ? 0.0f : exp2_fast(sink_log2 - top));
     lse = denominator == 0.0f ? -CUDART_INF_F : (top + __log2f(denominator)) * kLn2;
     return sees ? own / denominator : 0.0f;

@@ -33,8 +33,24 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) {
 
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
-// A value that all lanes share, moved to a uniform register: what is computed from it leaves the vector units alone.
+// A value that all lanes share, moved to uniform registers: what is computed from it leaves the vector units alone, and
+// the vector registers to the fragments.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(0xFFFFFFFFu, x); }
+__device__ __forceinline__ int32_t uniform(int32_t x) { return uniform(static_cast<uint32_t>(x)); }
+__device__ __forceinline__ int64_t uniform(int64_t x) {
+  return static_cast<int64_t>(uniform(static_cast<uint32_t>(x >> 32))) << 32 | uniform(static_cast<uint32_t>(x));
+}
+template <class T>
+__device__ __forceinline__ T* uniform(T* x) {
+  return reinterpret_cast<T*>(uniform(reinterpret_cast<int64_t>(x)));
+}
+
+// The same value, but the compiler cannot compute ahead with it: keeps what a rare branch needs out of the registers of
+// the loop around it.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // *address += x in global memory, without waiting for the old value.
 __device__ __forceinline__ void add_global(float* address, float x) {

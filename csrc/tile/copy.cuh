@@ -1,6 +1,7 @@
 // Tiles between global and shared memory, 16 bytes a thread and step.
 #pragma once
 
+#include "instructions/arithmetic.cuh"
 #include "instructions/element.cuh"
 #include "tile/fragment.cuh"
 #include "tile/shared_tile.cuh"
@@ -14,36 +15,35 @@ struct TileCopy {
   static constexpr int kGroup = Tile::kChunks & -Tile::kChunks;
   static constexpr int kGroups = Tile::kChunks / kGroup;
   static constexpr int kRowStep = THREADS / kGroup;
-  static_assert(THREADS % kGroup == 0);
+  // A thread keeps its chunk, and its row modulo 8: one permuted address serves all its copies.
+  static_assert(THREADS % kGroup == 0 && kRowStep % 8 == 0 && kGroup % Tile::kPermuted == 0);
   static constexpr int kSteps = (Tile::kRows + kRowStep - 1) / kRowStep;
 
-  char* pointer;       // of this thread's first row and chunk
+  const char* head;    // the sequence's first row at this head: the same in all threads
   int64_t row_stride;  // bytes
-  int columns;         // bytes of a row from this thread's chunk on
+  int row_bytes;       // 2 D
 
-  // head: the sequence's first row at this head; row_elements: stride of a row; head_dim: D or Dv.
-  __device__ TileCopy(const void* head, int64_t row_elements, int head_dim) {
-    pointer = static_cast<char*>(const_cast<void*>(head)) + 16 * chunk();
-    row_stride = 2 * row_elements;
-    columns = 2 * head_dim - 16 * chunk();
-  }
-  __device__ static int chunk() { return threadIdx.x % kGroup; }
-  __device__ static int row() { return threadIdx.x / kGroup; }
+  // row_elements: stride of a row; head_dim: D or Dv.
+  __device__ TileCopy(const void* head, int64_t row_elements, int head_dim)
+      : head(static_cast<const char*>(head)), row_stride(2 * row_elements), row_bytes(2 * head_dim) {}
 
   // Starts copying rows [first_row, first_row + kRows) into the tile at shared address `tile`. Rows outside
   // [begin, end) and columns past the head dimension become zeros and are not read: 0 * NaN must never arise.
+  // Each thread finds its place anew, a dozen instructions a tile: kept, it would cost registers all along.
   __device__ __forceinline__ void start_load(uint32_t tile, int first_row, int begin, int end) const {
-    const char* source = pointer + (first_row + row()) * row_stride;
+    const int thread = opaque(threadIdx.x), row = thread / kGroup, chunk = thread % kGroup;
+    const char* source = head + (first_row + row) * row_stride + 16 * chunk;
+    const int columns = row_bytes - 16 * chunk;
     const uint32_t count = end - begin;
+    tile += Tile::offset(row, chunk);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int r = row() + i * kRowStep;
-      if (Tile::kRows % kRowStep != 0 && r >= Tile::kRows) break;
-      const bool inside = static_cast<uint32_t>(first_row + r - begin) < count;
+      if (Tile::kRows % kRowStep != 0 && row + i * kRowStep >= Tile::kRows) break;
+      const bool inside = static_cast<uint32_t>(first_row + row + i * kRowStep - begin) < count;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const int bytes = inside && g * kGroup * 16 < columns ? 16 : 0;
-        copy_async_16_bytes(tile + Tile::offset(r, chunk() + g * kGroup), source + g * kGroup * 16, bytes);
+        copy_async_16_bytes(tile + i * kRowStep * Tile::kRowBytes + g * kGroup * 16, source + g * kGroup * 16, bytes);
       }
       source += kRowStep * row_stride;
     }

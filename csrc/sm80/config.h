@@ -1,0 +1,26 @@
+// Tile sizes of the mma.sync kernels: one table a pass, the reason beside each number. Every choice fits the 99 KB of
+// shared memory a block that sm_86 and sm_89 have, so one instance serves every GPU.
+#pragma once
+
+namespace hf_flash::sm80 {
+
+struct ForwardConfig {
+  int warp_rows;         // query rows a warp: with 32, a K or V fragment read from shared memory feeds two mma
+  int warps;
+  int keys;              // keys a tile
+  int block;             // keys whose exponentials, QK^T of the next tile and PV are woven together
+  bool queries_in_registers;  // else read from shared memory for each block
+  bool weave;            // spread the next block's exponentials between the matrix products of this one
+  int blocks_per_sm;     // caps the registers
+};
+
+constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras) {
+#ifdef HF_FLASH_FORWARD_CONFIG  // for sweeps
+  return HF_FLASH_FORWARD_CONFIG;
+#endif
+  if (head_dim <= 64) return {32, 4, 64, 16, true, false, 2};
+  if (head_dim <= 128) return {32, 4, 32, 32, false, false, 2};
+  return {16, 4, 32, 16, false, false, 2};
+}
+
+}  // namespace hf_flash::sm80

@@ -1,0 +1,344 @@
+// Forward for GPUs since Ampere: FlashAttention (Dao et al. 2022, 2023) with mma.sync and cp.async. One CTA computes a
+// tile of query rows of one head against all keys they see. While the exponentials of key tile j are taken, the tensor
+// cores already multiply Q by the keys of tile j + 1, block by block, in the registers that tile j leaves.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "attention/dropout_fragment.cuh"
+#include "attention/schedule.cuh"
+#include "attention/score.cuh"
+#include "attention/softmax.cuh"
+#include "sm80/config.h"
+#include "tile/copy.cuh"
+#include "tile/matmul.cuh"
+
+namespace hf_flash::sm80 {
+
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+struct ForwardTraits {
+  using T = ELEMENT;
+  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, EXTRAS);
+  static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr bool kExtras = EXTRAS;
+  static constexpr int kWarpRows = kConfig.warp_rows;
+  static constexpr int kRows = kConfig.warp_rows * kConfig.warps;
+  static constexpr int kWarps = kConfig.warps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kKeys = kConfig.keys;
+  static constexpr int kBlock = kConfig.block;
+  static constexpr int kDepth = HEAD_DIM / 16;  // mma steps of QK^T
+  static constexpr bool kQueriesInRegisters = kConfig.queries_in_registers;
+  using QTile = SharedTile<kRows, HEAD_DIM>;
+  using KVTile = SharedTile<kKeys, HEAD_DIM>;
+  static constexpr int kTileBytes = QTile::kBytes + 4 * KVTile::kBytes;  // K and V twice
+};
+
+// Key tiles [begin, end) that some rows see, and the keys that all of them see.
+struct TileRange {
+  int begin, end;
+  int common_begin, common_end;
+
+  __device__ TileRange(const AttentionParams& p, const Sequence& sequence, int row_begin, int row_end, int keys) {
+    begin = end = common_begin = common_end = 0;
+    row_begin = max(row_begin, sequence.query_begin);
+    row_end = min(row_end, sequence.query_end);
+    if (row_begin >= row_end) return;
+    const KeyRange seen = sequence.keys_of(p, row_begin, row_end);
+    if (seen.empty()) return;
+    begin = seen.begin / keys;
+    end = (seen.end + keys - 1) / keys;
+    common_begin = sequence.keys_of(p, row_end - 1, row_end).begin;
+    common_end = sequence.keys_of(p, row_begin, row_begin + 1).end;
+  }
+  __device__ bool has(int tile) const { return tile >= begin && tile < end; }
+};
+
+// Address of a sequence's first row at one head; elements of 16 bits.
+__device__ inline char* head_of(const Rows& x, int b, int64_t first_row, int head) {
+  return static_cast<char*>(x.data) + 2 * (b * x.batch + first_row * x.row + head * x.head);
+}
+
+// What a CTA works out once. It lies in shared memory, to be read where it is needed: the registers belong to the
+// fragments.
+template <class Traits>
+struct ForwardPlan {
+  Sequence sequence;
+  TileRange own[Traits::kWarps];  // of each warp
+  TileRange tiles;                // of the CTA
+  const void *q, *k, *v;          // the sequence's first row at this head
+
+  __device__ void make(const AttentionParams& p, int b, int h, int row0) {
+    const int lane = threadIdx.x;
+    if (lane > Traits::kWarps) return;
+    const Sequence s(p, b);
+    const bool all = lane == Traits::kWarps;
+    const int begin = row0 + (all ? 0 : lane * Traits::kWarpRows);
+    const TileRange range(p, s, begin, begin + (all ? Traits::kRows : Traits::kWarpRows), Traits::kKeys);
+    if (all) {
+      const int kv_head = h / (p.heads_q / p.heads_k);
+      sequence = s;
+      tiles = range;
+      q = head_of(p.q, b, s.first_q, h);
+      k = head_of(p.k, b, s.first_k, kv_head);
+      v = head_of(p.v, b, s.first_k, kv_head);
+    } else {
+      own[lane] = range;
+    }
+  }
+};
+
+// What one warp holds in registers, and the steps of the algorithm on it.
+template <class Traits>
+struct ForwardWarp {
+  using T = typename Traits::T;
+  using QTile = typename Traits::QTile;
+  using KVTile = typename Traits::KVTile;
+  static constexpr int kWarpRows = Traits::kWarpRows;
+  static constexpr int kHeldDepth = Traits::kQueriesInRegisters ? Traits::kHeadDim : 16;
+
+  BlockReader<QTile> q_tile;
+  BlockReader<KVTile> kv_tile;  // the four tiles of K and V differ by whole tiles
+  OperandA<kWarpRows, kHeldDepth> q;
+  Accumulator<kWarpRows, Traits::kKeys> s;  // scores of the current tile, block by block those of the next
+  Accumulator<kWarpRows, Traits::kHeadDim> out;
+  OnlineSoftmax<kWarpRows> softmax;
+
+  __device__ ForwardWarp(uint32_t q_address, uint32_t kv_address, int warp)
+      : q_tile(q_address, warp * kWarpRows), kv_tile(kv_address) {
+    out.clear();
+  }
+
+  __device__ __forceinline__ void load_queries() {
+    if constexpr (Traits::kQueriesInRegisters) {
+#pragma unroll
+      for (int k = 0; k < Traits::kDepth; ++k) load_operand(q, k, q_tile, k);
+    }
+  }
+
+  // Block b of s = Q K^T, depth step k.
+  __device__ __forceinline__ void score_step(int b, int k, uint32_t k_stage) {
+    if constexpr (!Traits::kQueriesInRegisters) load_operand(q, 0, q_tile, k);
+    multiply_by_transpose<T, Traits::kBlock / 16>(s, b * Traits::kBlock / 16, q, Traits::kQueriesInRegisters ? k : 0,
+                                                  kv_tile, b * Traits::kBlock / 16, k, k_stage);
+  }
+
+  __device__ __forceinline__ void clear_scores(int b) {
+#pragma unroll
+    for (int m = 0; m < kWarpRows / 16; ++m) {
+#pragma unroll
+      for (int n = b * Traits::kBlock / 8; n < (b + 1) * Traits::kBlock / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s.x[m][n][e] = 0.0f;
+      }
+    }
+  }
+
+  // s = Q K^T, all of the tile.
+  __device__ __forceinline__ void scores(uint32_t k_stage) {
+#pragma unroll
+    for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
+      clear_scores(b);
+#pragma unroll
+      for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k, k_stage);
+    }
+  }
+
+  // out += softmax(s) V, and where NEXT, s = Q K^T of the next tile. i0, j0: the warp's first query, the tile's first
+  // key; both count blocks of 16 for the dropout.
+  template <bool NEXT, class Dropout>
+  __device__ __forceinline__ void attend(float factor, uint32_t k_stage, uint32_t v_stage, const Dropout& dropout,
+                                         int i_block, int j_block) {
+#pragma unroll
+    for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
+      OperandA<kWarpRows, Traits::kBlock> probabilities;
+      softmax.exponentiate(s, factor, b * Traits::kBlock / 8, Traits::kBlock / 8);
+      to_operand<T>(probabilities, s, b * Traits::kBlock / 16);
+      if constexpr (Traits::kDropout) {
+        drop(probabilities, dropout, i_block, j_block + b * Traits::kBlock / 16);
+      }
+      if constexpr (NEXT) {
+        clear_scores(b);
+#pragma unroll
+        for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k, k_stage);
+      }
+#pragma unroll
+      for (int k = 0; k < Traits::kBlock / 16; ++k) {
+        multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, kv_tile, b * Traits::kBlock / 16 + k, 0, v_stage);
+      }
+    }
+  }
+
+  // Zeroes what dropout drops. Two 16 x 16 blocks a draw: one above the other where the warp has 32 rows, else side by
+  // side.
+  template <class Dropout>
+  __device__ static __forceinline__ void drop(OperandA<kWarpRows, Traits::kBlock>& probabilities,
+                                              const Dropout& dropout, int i_block, int j_block) {
+    constexpr int kM = kWarpRows / 16, kPairs = kM * Traits::kBlock / 32;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int m1 = kM == 2 ? 1 : 0, k0 = kM == 2 ? pair : 2 * pair, k1 = kM == 2 ? pair : 2 * pair + 1;
+      const DropoutWords words = dropout.draw(i_block, j_block + k0, i_block + m1, j_block + k1);
+      uint32_t mask[4];
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        dropout.masks(mask, words, block);
+#pragma unroll
+        for (int x = 0; x < 4; ++x) probabilities.x[block * m1][block ? k1 : k0][x] &= mask[x];
+      }
+    }
+  }
+};
+
+// A packed batch may hold rows of no sequence: before the first, after the last, past a length that was clamped. The CTA
+// of the sequence's first tile writes 0 and -inf to those that follow it, and the first sequence's to those before.
+__device__ __noinline__ void clear_orphans(const AttentionParams& p, const Sequence& sequence, int b, int h) {
+  const auto clear = [&](int64_t begin, int64_t end) {
+    const int chunks = p.head_dim_v / 8;
+    char* out = static_cast<char*>(p.out.data) + 2 * h * p.out.head;
+    float* lse = static_cast<float*>(p.lse.data) + h * p.lse.head;
+    for (int64_t x = begin * chunks + threadIdx.x; x < end * chunks; x += blockDim.x) {
+      const int64_t row = x / chunks, chunk = x % chunks;
+      *reinterpret_cast<uint4*>(out + 2 * (row * p.out.row + 8 * chunk)) = uint4{0, 0, 0, 0};
+      if (chunk == 0) lse[row] = -CUDART_INF_F;
+    }
+  };
+  if (b == 0) clear(0, sequence.first_q);
+  const int64_t next = b + 1 < p.batch ? clamp(p.cu_seqlens_q[b + 1], 0, p.total_q) : p.total_q;
+  clear(sequence.first_q + sequence.len_q, next);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
+    forward_kernel(const __grid_constant__ AttentionParams p, const TileSchedule schedule) {
+  using T = typename Traits::T;
+  using QTile = typename Traits::QTile;
+  using KVTile = typename Traits::KVTile;
+  constexpr int kRows = Traits::kRows, kKeys = Traits::kKeys, kWarpRows = Traits::kWarpRows;
+
+  const bool reverse = p.window_right >= 0 && p.window_left < 0;
+  const TileSchedule::Work work = schedule.work(reverse);
+  const int h = work.head, b = work.batch, row0 = work.tile * kRows;
+
+  extern __shared__ __align__(128) char shared_memory[];
+  const uint32_t q_tile = shared_address(shared_memory), kv_tiles = q_tile + QTile::kBytes;
+  auto& plan = *reinterpret_cast<ForwardPlan<Traits>*>(shared_memory + Traits::kTileBytes);
+  plan.make(p, b, h, row0);
+  __syncthreads();
+  const Sequence& sequence = plan.sequence;
+  if (p.cu_seqlens_q != nullptr && work.tile == 0) clear_orphans(p, sequence, b, h);
+  if (row0 >= sequence.len_q) return;
+
+  const auto load_queries = [&] {
+    TileCopy<QTile, Traits::kThreads>(plan.q, p.q.row, p.head_dim)
+        .start_load(q_tile, row0, sequence.query_begin, sequence.query_end);
+  };
+  // Tiles of K and V alternate between two places each, given as bytes from kv_tiles.
+  const auto k_place = [](int tile) { return static_cast<uint32_t>((tile & 1) * KVTile::kBytes); };
+  const auto v_place = [](int tile) { return static_cast<uint32_t>((2 + (tile & 1)) * KVTile::kBytes); };
+  const auto load_keys = [&](int tile) {
+    TileCopy<KVTile, Traits::kThreads>(plan.k, p.k.row, p.head_dim)
+        .start_load(kv_tiles + k_place(tile), tile * kKeys, sequence.key_begin, sequence.key_end);
+  };
+  const auto load_values = [&](int tile) {
+    TileCopy<KVTile, Traits::kThreads>(plan.v, p.v.row, p.head_dim_v)
+        .start_load(kv_tiles + v_place(tile), tile * kKeys, sequence.key_begin, sequence.key_end);
+  };
+
+  const int warp = threadIdx.x / 32, warp_row0 = row0 + warp * kWarpRows;
+  const TileRange& own = plan.own[warp];
+  const ScoreExtras<T, false> extras(p, b, h);
+  const auto dropout = [&] {
+    if constexpr (Traits::kDropout) return FragmentDropout<false>(p, b * p.heads_q + h);
+    else return 0;
+  }();
+  // Scores count as s * factor in log2 units; with extras they are brought there first.
+  const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;
+
+  ForwardWarp<Traits> state(q_tile, kv_tiles, warp);
+
+  const int first_tile = plan.tiles.begin, end_tile = plan.tiles.end;
+  if (first_tile < end_tile) {
+    load_queries();
+    load_keys(first_tile);
+    copy_async_commit();
+  }
+  // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the latter.
+  for (int tile = first_tile - 1; tile < end_tile; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();
+    if (tile + 1 < end_tile) load_values(tile + 1);
+    if (tile + 2 < end_tile) load_keys(tile + 2);
+    copy_async_commit();
+    if (tile < first_tile) state.load_queries();
+
+    const int j0 = tile * kKeys;
+    if (own.has(tile)) {
+      if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
+      if (j0 < own.common_begin || j0 + kKeys > own.common_end) {
+        hide_invisible<false>(state.s, p, sequence, warp_row0, j0);
+      }
+      state.softmax.update_max(state.s, state.out, factor);
+      if (own.has(tile + 1)) {
+        state.template attend<true>(factor, k_place(tile + 1), v_place(tile), dropout, warp_row0 / 16, j0 / 16);
+      } else {
+        state.template attend<false>(factor, k_place(tile + 1), v_place(tile), dropout, warp_row0 / 16, j0 / 16);
+      }
+    } else if (own.has(tile + 1)) {
+      state.scores(k_place(tile + 1));
+    }
+  }
+
+  // out / sum, rounded, through this warp's rows of Q's tile; lse.
+  const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[h] * kLog2E : -CUDART_INF_F;
+  float* lse = static_cast<float*>(p.lse.data) + b * p.lse.batch + h * p.lse.head + sequence.first_q;
+#pragma unroll
+  for (int i = 0; i < RowVector<kWarpRows>::kCount; ++i) {
+    const int row = warp_row0 + RowVector<kWarpRows>::row(i);
+    float row_lse;
+    float inverse = state.softmax.finish(i, sink, row_lse);
+    if (!sequence.computes(row)) inverse = 0.0f, row_lse = -CUDART_INF_F;
+    if (Traits::kDropout) inverse *= 256.0f / p.dropout_keep;
+    if (lane_col() == 0 && row < sequence.len_q) lse[row] = row_lse;
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
+        state.out.x[i / 2][n][e] = inverse == 0.0f ? 0.0f : state.out.x[i / 2][n][e] * inverse;
+      }
+    }
+  }
+  store_to_tile<T, QTile>(q_tile, warp * kWarpRows, state.out);
+  __syncwarp();
+  store_rows<kWarpRows, QTile>(head_of(p.out, b, sequence.first_q + row0, h), p.out.row, p.head_dim_v, q_tile,
+                               warp * kWarpRows, sequence.len_q - row0);
+}
+
+// Is this call one for the kernels with score extras? A scale that is not positive takes them too: there the scores are
+// scaled before anything is hidden or compared.
+inline bool needs_extras(const AttentionParams& p) {
+  return p.softcap != 0 || p.alibi_slopes != nullptr || p.bias.data != nullptr || p.mask.data != nullptr ||
+         !(p.scale > 0);
+}
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void forward(const AttentionParams& p, cudaStream_t stream) {
+  using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  };
+  TileSchedule schedule{(p.seqlen_q + Traits::kRows - 1) / Traits::kRows, p.heads_q, p.batch};
+  if (schedule.tiles == 0) return;
+  const auto kernel = forward_kernel<Traits>;
+  constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  for (; schedule.first_batch < p.batch; schedule.first_batch += TileSchedule::kMaxBatch) {
+    kernel<<<schedule.grid(), Traits::kThreads, kSharedBytes, stream>>>(p, schedule);
+    check(cudaGetLastError());
+  }
+}
+
+}  // namespace hf_flash::sm80
