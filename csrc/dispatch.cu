@@ -32,8 +32,10 @@ void check_architecture() {
                              std::to_string(major) + ".x");
 }
 
+// A scale that is not positive counts as one: there scores are scaled before anything is hidden or compared.
 bool has_extras(const AttentionParams& p) {
-  return p.softcap != 0 || p.bias.data != nullptr || p.mask.data != nullptr || p.alibi_slopes != nullptr;
+  return p.softcap != 0 || p.bias.data != nullptr || p.mask.data != nullptr || p.alibi_slopes != nullptr ||
+         !(p.scale > 0);
 }
 
 template <int HEAD_DIM, class Run>

@@ -10,7 +10,6 @@ struct ForwardConfig {
   int keys;              // keys a tile
   int block;             // keys whose exponentials, QK^T of the next tile and PV are woven together
   bool queries_in_registers;  // else read from shared memory for each block
-  bool weave;            // spread the next block's exponentials between the matrix products of this one
   int blocks_per_sm;     // caps the registers
 };
 
@@ -18,9 +17,12 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras) 
 #ifdef HF_FLASH_FORWARD_CONFIG  // for sweeps
   return HF_FLASH_FORWARD_CONFIG;
 #endif
-  if (head_dim <= 64) return {32, 4, 64, 16, true, false, 2};
-  if (head_dim <= 128) return {32, 4, 32, 32, false, false, 2};
-  return {16, 4, 32, 16, false, false, 2};
+  if (head_dim <= 64 && !dropout) return {32, 4, 64, 16, true, 2};
+  if (head_dim <= 64) return {32, 4, 32, 16, true, 2};
+  if (head_dim <= 96) return {32, 4, 32, 16, false, 2};
+  if (head_dim <= 128 && extras) return {16, 4, 64, 32, true, 2};
+  if (head_dim <= 128) return {32, 4, 32, dropout ? 16 : 32, false, 2};
+  return {16, 4, 32, 32, false, 2};
 }
 
 }  // namespace hf_flash::sm80

@@ -5,13 +5,13 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-
 #include "attention/dropout_fragment.cuh"
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
+#include "portable/cuda_call.h"
 #include "sm80/config.h"
+#include "sm80/instances.h"
 #include "tile/copy.cuh"
 #include "tile/matmul.cuh"
 
@@ -147,17 +147,18 @@ struct ForwardWarp {
     }
   }
 
-  // out += softmax(s) V, and where NEXT, s = Q K^T of the next tile. i0, j0: the warp's first query, the tile's first
-  // key; both count blocks of 16 for the dropout.
-  template <bool NEXT, class Dropout>
-  __device__ __forceinline__ void attend(float factor, uint32_t k_stage, uint32_t v_stage, const Dropout& dropout,
-                                         int i_block, int j_block) {
+  // out += softmax(s) V, and where NEXT, s = Q K^T of the next tile. i_block, j_block: the warp's first query and the
+  // tile's first key in blocks of 16.
+  template <bool NEXT>
+  __device__ __forceinline__ void attend(float factor, uint32_t k_stage, uint32_t v_stage,
+                                         const FragmentDropout<false>& dropout, int i_block, int j_block) {
 #pragma unroll
     for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
       softmax.exponentiate(s, factor, b * Traits::kBlock / 8, Traits::kBlock / 8);
       to_operand<T>(probabilities, s, b * Traits::kBlock / 16);
-      if constexpr (Traits::kDropout) {
+      // With extras one variant serves calls with and without dropout.
+      if (Traits::kDropout && (!Traits::kExtras || dropout.keep < 256)) {
         drop(probabilities, dropout, i_block, j_block + b * Traits::kBlock / 16);
       }
       if constexpr (NEXT) {
@@ -174,9 +175,8 @@ struct ForwardWarp {
 
   // Zeroes what dropout drops. Two 16 x 16 blocks a draw: one above the other where the warp has 32 rows, else side by
   // side.
-  template <class Dropout>
   __device__ static __forceinline__ void drop(OperandA<kWarpRows, Traits::kBlock>& probabilities,
-                                              const Dropout& dropout, int i_block, int j_block) {
+                                              const FragmentDropout<false>& dropout, int i_block, int j_block) {
     constexpr int kM = kWarpRows / 16, kPairs = kM * Traits::kBlock / 32;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
@@ -192,24 +192,6 @@ struct ForwardWarp {
     }
   }
 };
-
-// A packed batch may hold rows of no sequence: before the first, after the last, past a length that was clamped. The CTA
-// of the sequence's first tile writes 0 and -inf to those that follow it, and the first sequence's to those before.
-__device__ __noinline__ void clear_orphans(const AttentionParams& p, const Sequence& sequence, int b, int h) {
-  const auto clear = [&](int64_t begin, int64_t end) {
-    const int chunks = p.head_dim_v / 8;
-    char* out = static_cast<char*>(p.out.data) + 2 * h * p.out.head;
-    float* lse = static_cast<float*>(p.lse.data) + h * p.lse.head;
-    for (int64_t x = begin * chunks + threadIdx.x; x < end * chunks; x += blockDim.x) {
-      const int64_t row = x / chunks, chunk = x % chunks;
-      *reinterpret_cast<uint4*>(out + 2 * (row * p.out.row + 8 * chunk)) = uint4{0, 0, 0, 0};
-      if (chunk == 0) lse[row] = -CUDART_INF_F;
-    }
-  };
-  if (b == 0) clear(0, sequence.first_q);
-  const int64_t next = b + 1 < p.batch ? clamp(p.cu_seqlens_q[b + 1], 0, p.total_q) : p.total_q;
-  clear(sequence.first_q + sequence.len_q, next);
-}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
@@ -229,7 +211,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   plan.make(p, b, h, row0);
   __syncthreads();
   const Sequence& sequence = plan.sequence;
-  if (p.cu_seqlens_q != nullptr && work.tile == 0) clear_orphans(p, sequence, b, h);
   if (row0 >= sequence.len_q) return;
 
   const auto load_queries = [&] {
@@ -251,10 +232,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   const int warp = threadIdx.x / 32, warp_row0 = row0 + warp * kWarpRows;
   const TileRange& own = plan.own[warp];
   const ScoreExtras<T, false> extras(p, b, h);
-  const auto dropout = [&] {
-    if constexpr (Traits::kDropout) return FragmentDropout<false>(p, b * p.heads_q + h);
-    else return 0;
-  }();
+  const FragmentDropout<false> dropout(p, b * p.heads_q + h);
   // Scores count as s * factor in log2 units; with extras they are brought there first.
   const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;
 
@@ -317,27 +295,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                warp * kWarpRows, sequence.len_q - row0);
 }
 
-// Is this call one for the kernels with score extras? A scale that is not positive takes them too: there the scores are
-// scaled before anything is hidden or compared.
-inline bool needs_extras(const AttentionParams& p) {
-  return p.softcap != 0 || p.alibi_slopes != nullptr || p.bias.data != nullptr || p.mask.data != nullptr ||
-         !(p.scale > 0);
-}
-
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
-void forward(const AttentionParams& p, cudaStream_t stream) {
+void run_forward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-  };
+  constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
+  const auto kernel = forward_kernel<Traits>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
   TileSchedule schedule{(p.seqlen_q + Traits::kRows - 1) / Traits::kRows, p.heads_q, p.batch};
   if (schedule.tiles == 0) return;
-  const auto kernel = forward_kernel<Traits>;
-  constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   for (; schedule.first_batch < p.batch; schedule.first_batch += TileSchedule::kMaxBatch) {
     kernel<<<schedule.grid(), Traits::kThreads, kSharedBytes, stream>>>(p, schedule);
-    check(cudaGetLastError());
+    check(cudaGetLastError(), "forward_kernel");
   }
 }
 

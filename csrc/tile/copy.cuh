@@ -11,8 +11,9 @@ namespace hf_flash {
 // The rows of one head of q, k, v or dout as a CTA of THREADS threads reads or writes them, tile by tile.
 template <class Tile, int THREADS>
 struct TileCopy {
-  // A row is covered in groups of a power of two of chunks: 4 for 96 columns, 8 for 192.
-  static constexpr int kGroup = Tile::kChunks & -Tile::kChunks;
+  // A row is covered in groups of a power of two of chunks: 4 for 96 columns, 8 for 192, at most 16.
+  static constexpr int kPowerOfTwo = Tile::kChunks & -Tile::kChunks;
+  static constexpr int kGroup = kPowerOfTwo < 16 ? kPowerOfTwo : 16;
   static constexpr int kGroups = Tile::kChunks / kGroup;
   static constexpr int kRowStep = THREADS / kGroup;
   // A thread keeps its chunk, and its row modulo 8: one permuted address serves all its copies.
