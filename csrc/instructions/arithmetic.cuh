@@ -47,7 +47,8 @@ __device__ __forceinline__ T* uniform(T* x) {
 
 // The same value, but the compiler cannot compute ahead with it: keeps what a rare branch needs out of the registers of
 // the loop around it.
-__device__ __forceinline__ int opaque(int x) {
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -100,15 +100,18 @@ struct ForwardWarp {
   static constexpr int kWarpRows = Traits::kWarpRows;
   static constexpr int kHeldDepth = Traits::kQueriesInRegisters ? Traits::kHeadDim : 16;
 
-  BlockReader<QTile> q_tile;
-  BlockReader<KVTile> kv_tile;  // the four tiles of K and V differ by whole tiles
+  using KeyReader = BlockReader<KVTile, Order::kAcross>;
+  using ValueReader = BlockReader<KVTile, Order::kDown>;
+  BlockReader<QTile, Order::kDown> q_tile;
+  KeyReader k_tile;    // K of the next tile
+  ValueReader v_tile;  // V of the current one
   OperandA<kWarpRows, kHeldDepth> q;
   Accumulator<kWarpRows, Traits::kKeys> s;  // scores of the current tile, block by block those of the next
   Accumulator<kWarpRows, Traits::kHeadDim> out;
   OnlineSoftmax<kWarpRows> softmax;
 
-  __device__ ForwardWarp(uint32_t q_address, uint32_t kv_address, int warp)
-      : q_tile(q_address, warp * kWarpRows), kv_tile(kv_address) {
+  __device__ ForwardWarp(uint32_t q_address, uint32_t k_address, uint32_t v_address, int warp)
+      : q_tile(q_address, warp * kWarpRows), k_tile(k_address), v_tile(v_address) {
     out.clear();
   }
 
@@ -120,10 +123,10 @@ struct ForwardWarp {
   }
 
   // Block b of s = Q K^T, depth step k.
-  __device__ __forceinline__ void score_step(int b, int k, uint32_t k_stage) {
+  __device__ __forceinline__ void score_step(int b, int k) {
     if constexpr (!Traits::kQueriesInRegisters) load_operand(q, 0, q_tile, k);
     multiply_by_transpose<T, Traits::kBlock / 16>(s, b * Traits::kBlock / 16, q, Traits::kQueriesInRegisters ? k : 0,
-                                                  kv_tile, b * Traits::kBlock / 16, k, k_stage);
+                                                  k_tile, b * Traits::kBlock / 16, k);
   }
 
   __device__ __forceinline__ void clear_scores(int b) {
@@ -138,20 +141,20 @@ struct ForwardWarp {
   }
 
   // s = Q K^T, all of the tile.
-  __device__ __forceinline__ void scores(uint32_t k_stage) {
+  __device__ __forceinline__ void scores() {
 #pragma unroll
     for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
       clear_scores(b);
 #pragma unroll
-      for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k, k_stage);
+      for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
     }
   }
 
   // out += softmax(s) V, and where NEXT, s = Q K^T of the next tile. i_block, j_block: the warp's first query and the
   // tile's first key in blocks of 16.
   template <bool NEXT>
-  __device__ __forceinline__ void attend(float factor, uint32_t k_stage, uint32_t v_stage,
-                                         const FragmentDropout<false>& dropout, int i_block, int j_block) {
+  __device__ __forceinline__ void attend(float factor, const FragmentDropout<false>& dropout, int i_block,
+                                         int j_block) {
 #pragma unroll
     for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
@@ -164,11 +167,11 @@ struct ForwardWarp {
       if constexpr (NEXT) {
         clear_scores(b);
 #pragma unroll
-        for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k, k_stage);
+        for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
       }
 #pragma unroll
       for (int k = 0; k < Traits::kBlock / 16; ++k) {
-        multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, kv_tile, b * Traits::kBlock / 16 + k, 0, v_stage);
+        multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, v_tile, b * Traits::kBlock / 16 + k, 0);
       }
     }
   }
@@ -236,9 +239,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   // Scores count as s * factor in log2 units; with extras they are brought there first.
   const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;
 
-  ForwardWarp<Traits> state(q_tile, kv_tiles, warp);
-
   const int first_tile = plan.tiles.begin, end_tile = plan.tiles.end;
+  ForwardWarp<Traits> state(q_tile, kv_tiles + k_place(first_tile), kv_tiles + v_place(first_tile - 1), warp);
   if (first_tile < end_tile) {
     load_queries();
     load_keys(first_tile);
@@ -261,13 +263,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       }
       state.softmax.update_max(state.s, state.out, factor);
       if (own.has(tile + 1)) {
-        state.template attend<true>(factor, k_place(tile + 1), v_place(tile), dropout, warp_row0 / 16, j0 / 16);
+        state.template attend<true>(factor, dropout, warp_row0 / 16, j0 / 16);
       } else {
-        state.template attend<false>(factor, k_place(tile + 1), v_place(tile), dropout, warp_row0 / 16, j0 / 16);
+        state.template attend<false>(factor, dropout, warp_row0 / 16, j0 / 16);
       }
     } else if (own.has(tile + 1)) {
-      state.scores(k_place(tile + 1));
+      state.scores();
     }
+    state.k_tile.advance(static_cast<int>(k_place(tile)) - static_cast<int>(k_place(tile + 1)));
+    state.v_tile.advance(static_cast<int>(v_place(tile + 1)) - static_cast<int>(v_place(tile)));
   }
 
   // out / sum, rounded, through this warp's rows of Q's tile; lse.

@@ -76,26 +76,21 @@ __device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accum
 
 // A operand from a tile that stores A: rows are A's rows. Column block k of the tile becomes a.x[.][slot].
 template <int ROWS, int DEPTH, class Tile>
-__device__ __forceinline__ void load_operand(OperandA<ROWS, DEPTH>& a, int slot, const BlockReader<Tile>& tile, int k,
-                                             uint32_t stage_bytes = 0) {
+__device__ __forceinline__ void load_operand(OperandA<ROWS, DEPTH>& a, int slot,
+                                             const BlockReader<Tile, Order::kDown>& tile, int k,
+                                             uint32_t bytes = 0) {
 #pragma unroll
-  for (int m = 0; m < ROWS / 16; ++m) ldmatrix_x4(a.x[m][slot], tile.address(m, k, stage_bytes));
+  for (int m = 0; m < ROWS / 16; ++m) ldmatrix_x4(a.x[m][slot], tile.address(m, k, bytes));
 }
 
 // A operand from a tile that stores A transposed: the tile's rows are A's columns. col_block is the tile's column block
 // where A's rows start, k its row block.
 template <int ROWS, int DEPTH, class Tile>
 __device__ __forceinline__ void load_operand_transposed(OperandA<ROWS, DEPTH>& a, int slot,
-                                                        const BlockReader<Tile>& tile, int k, int col_block,
-                                                        uint32_t stage_bytes = 0) {
+                                                        const BlockReader<Tile, Order::kAcross>& tile, int k,
+                                                        int col_block, uint32_t bytes = 0) {
 #pragma unroll
-  for (int m = 0; m < ROWS / 16; ++m) {
-    const Block16 b = tile.load_transposed(k, col_block + m, stage_bytes);
-    a.x[m][slot][0] = b.x[0];
-    a.x[m][slot][1] = b.x[2];
-    a.x[m][slot][2] = b.x[1];
-    a.x[m][slot][3] = b.x[3];
-  }
+  for (int m = 0; m < ROWS / 16; ++m) ldmatrix_x4_transposed(a.x[m][slot], tile.address(k, col_block + m, bytes));
 }
 
 }  // namespace hf_flash

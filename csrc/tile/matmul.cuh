@@ -11,15 +11,15 @@ namespace hf_flash {
 template <class T, int BLOCKS, int ROWS, int COLS, int DEPTH, class Tile>
 __device__ __forceinline__ void multiply_by_transpose(Accumulator<ROWS, COLS>& c, int c_block,
                                                       const OperandA<ROWS, DEPTH>& a, int slot,
-                                                      const BlockReader<Tile>& tile, int row_block, int k,
-                                                      uint32_t stage_bytes = 0) {
+                                                      const BlockReader<Tile, Order::kAcross>& tile, int row_block,
+                                                      int k, uint32_t bytes = 0) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
-    const Block16 b = tile.load(row_block + n, k, stage_bytes);
+    const Block16 b = tile.load(row_block + n, k, bytes);
 #pragma unroll
     for (int m = 0; m < ROWS / 16; ++m) {
-      mma_m16n8k16<T>(c.x[m][2 * (c_block + n)], a.x[m][slot], b.x[0], b.x[2]);
-      mma_m16n8k16<T>(c.x[m][2 * (c_block + n) + 1], a.x[m][slot], b.x[1], b.x[3]);
+      mma_m16n8k16<T>(c.x[m][2 * (c_block + n)], a.x[m][slot], b.x[0], b.x[1]);
+      mma_m16n8k16<T>(c.x[m][2 * (c_block + n) + 1], a.x[m][slot], b.x[2], b.x[3]);
     }
   }
 }
@@ -28,11 +28,11 @@ __device__ __forceinline__ void multiply_by_transpose(Accumulator<ROWS, COLS>& c
 // (P V: the tile is V). BLOCKS blocks of 16 columns starting at c's block c_block and the tile's column block col_block.
 template <class T, int BLOCKS, int ROWS, int COLS, int DEPTH, class Tile>
 __device__ __forceinline__ void multiply(Accumulator<ROWS, COLS>& c, int c_block, const OperandA<ROWS, DEPTH>& a,
-                                         int slot, const BlockReader<Tile>& tile, int k, int col_block,
-                                         uint32_t stage_bytes = 0) {
+                                         int slot, const BlockReader<Tile, Order::kDown>& tile, int k,
+                                         int col_block, uint32_t bytes = 0) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
-    const Block16 b = tile.load_transposed(k, col_block + n, stage_bytes);
+    const Block16 b = tile.load_transposed(k, col_block + n, bytes);
 #pragma unroll
     for (int m = 0; m < ROWS / 16; ++m) {
       mma_m16n8k16<T>(c.x[m][2 * (c_block + n)], a.x[m][slot], b.x[0], b.x[1]);

@@ -2,6 +2,7 @@
 // rows that one ldmatrix reads, and the chunks that one cp.async warp writes, fall into different banks.
 #pragma once
 
+#include "instructions/arithmetic.cuh"
 #include "instructions/shared_memory.cuh"
 
 namespace hf_flash {
@@ -24,42 +25,51 @@ struct SharedTile {
   }
 };
 
-// One 16 x 16 block of a tile as ldmatrix x4 brings it: x[0] rows 0-7 cols 0-7, x[1] rows 8-15 cols 0-7, x[2] rows 0-7
-// cols 8-15, x[3] rows 8-15 cols 8-15 (transposed or not, the same quarters).
+// The order in which ldmatrix x4 brings the quarters of a 16 x 16 block. mma wants neighbouring registers for its
+// operands: the wrong order costs a move a register.
+//   kDown:   x[0] rows 0-7 cols 0-7, x[1] rows 8-15 cols 0-7, x[2] rows 0-7 cols 8-15, x[3] rows 8-15 cols 8-15
+//   kAcross: x[1] and x[2] the other way round.
+// Each quarter may be transposed in itself. kDown serves A stored as it is and B stored transposed (depth in the rows);
+// kAcross serves B stored as it is (depth in the columns) and A stored transposed.
+enum class Order { kDown, kAcross };
+
 struct Block16 {
   uint32_t x[4];
 };
 
 // This lane's addresses into a tile. The permutation repeats every kPermuted chunks and every 8 rows, so two or four
 // registers reach every block; the rest is an immediate of the instruction.
-template <class Tile>
+template <class Tile, Order ORDER>
 struct BlockReader {
   static constexpr int kPeriod = Tile::kPermuted / 2;  // blocks
   uint32_t base[kPeriod];
 
   // tile: shared address of the tile (128-byte aligned), first_row a multiple of 16.
   __device__ explicit BlockReader(uint32_t tile, int first_row = 0) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
+    const int row = lane % 8 + 8 * (ORDER == Order::kDown ? low : high), chunk = ORDER == Order::kDown ? high : low;
 #pragma unroll
-    for (int i = 0; i < kPeriod; ++i) {
-      base[i] = tile + first_row * Tile::kRowBytes + Tile::offset(lane % 16, 2 * i + lane / 16);
-    }
+    for (int i = 0; i < kPeriod; ++i) base[i] = tile + first_row * Tile::kRowBytes + Tile::offset(row, 2 * i + chunk);
   }
 
-  // row_block and col_block count blocks of 16; stage_bytes is added to the address (double buffering).
-  __device__ uint32_t address(int row_block, int col_block, uint32_t stage_bytes = 0) const {
-    return base[col_block % kPeriod] + stage_bytes + row_block * 16 * Tile::kRowBytes +
-           (col_block / kPeriod) * kPeriod * 32;
+  // Goes to another tile, bytes further on.
+  __device__ __forceinline__ void advance(int bytes) {
+#pragma unroll
+    for (int i = 0; i < kPeriod; ++i) base[i] = opaque(base[i] + bytes);  // one addition, not one a block
   }
-  __device__ Block16 load(int row_block, int col_block, uint32_t stage_bytes = 0) const {
+
+  // row_block and col_block count blocks of 16; bytes is the way to another tile.
+  __device__ __forceinline__ uint32_t address(int row_block, int col_block, uint32_t bytes = 0) const {
+    return base[col_block % kPeriod] + bytes + row_block * 16 * Tile::kRowBytes + (col_block / kPeriod) * kPeriod * 32;
+  }
+  __device__ __forceinline__ Block16 load(int row_block, int col_block, uint32_t bytes = 0) const {
     Block16 block;
-    ldmatrix_x4(block.x, address(row_block, col_block, stage_bytes));
+    ldmatrix_x4(block.x, address(row_block, col_block, bytes));
     return block;
   }
-  // Every 8 x 8 quarter transposed in place.
-  __device__ Block16 load_transposed(int row_block, int col_block, uint32_t stage_bytes = 0) const {
+  __device__ __forceinline__ Block16 load_transposed(int row_block, int col_block, uint32_t bytes = 0) const {
     Block16 block;
-    ldmatrix_x4_transposed(block.x, address(row_block, col_block, stage_bytes));
+    ldmatrix_x4_transposed(block.x, address(row_block, col_block, bytes));
     return block;
   }
 };
