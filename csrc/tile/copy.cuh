@@ -32,9 +32,9 @@ struct TileCopy {
   // [begin, end) and columns past the head dimension become zeros and are not read: 0 * NaN must never arise.
   // Each thread finds its place anew, a dozen instructions a tile: kept, it would cost registers all along.
   __device__ __forceinline__ void start_load(uint32_t tile, int first_row, int begin, int end) const {
-    const int thread = opaque(threadIdx.x), row = thread / kGroup, chunk = thread % kGroup;
-    const char* source = head + (first_row + row) * row_stride + 16 * chunk;
-    const int columns = row_bytes - 16 * chunk;
+    const uint32_t thread = opaque(threadIdx.x), row = thread / kGroup, chunk = thread % kGroup;
+    const char* source = head + (first_row + row) * static_cast<uint64_t>(row_stride) + 16 * chunk;
+    const int columns = row_bytes - 16 * static_cast<int>(chunk);
     const uint32_t count = end - begin;
     tile += Tile::offset(row, chunk);
 #pragma unroll
