@@ -213,7 +213,8 @@ void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
 #ifndef HF_FLASH_CUDA
 STABLE_TORCH_LIBRARY(hf_flash, m) {
   using hf_flash::bindings::kTailSchema;
-  m.def(("forward(Tensor q, Tensor k, Tensor v, " + std::string(kTailSchema) + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(
+      ("forward(Tensor q, Tensor k, Tensor v, " + std::string(kTailSchema) + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " +
          std::string(kTailSchema) +
          ", bool need_dbias, bool need_dsink) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias, Tensor? dsink)")

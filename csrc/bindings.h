@@ -99,7 +99,9 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   return DType::kFloat32;
 }
 
-inline ScalarType accumulator_of(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType accumulator_of(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void require_device(const Tensor& t, const Tensor& q, const char* name) {
   require(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
@@ -146,8 +148,8 @@ struct Shape {
     batch = packed ? std::max<int64_t>(0, tail.cu_seqlens_q->numel() - 1) : q.size(0);
     seqlen_q = packed ? std::min(tail.max_seqlen_q, q.size(0)) : q.size(1);
     seqlen_k = packed ? std::min(tail.max_seqlen_k, k.size(0)) : k.size(1);
-    row_values = packed ? std::vector<int64_t>{q.size(1), q.size(0)}
-                        : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)};
+    row_values =
+        packed ? std::vector<int64_t>{q.size(1), q.size(0)} : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)};
   }
 };
 
@@ -170,7 +172,8 @@ inline void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const 
           "no dimension may exceed 2^31 - 1");
 }
 
-inline const void* vector_of(const OptionalTensor& t, const Tensor& q, ScalarType dtype, int64_t numel, const char* name) {
+inline const void* vector_of(const OptionalTensor& t, const Tensor& q, ScalarType dtype, int64_t numel,
+                             const char* name) {
   if (!t) return nullptr;
   require_device(*t, q, name);
   require(t->scalar_type() == dtype, name, " has the wrong dtype");
@@ -229,7 +232,8 @@ inline void fill_tail(AttentionParams& p, const Tail& tail, const Tensor& q, con
   p.deterministic = tail.deterministic;
 }
 
-inline AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const Shape& shape, const Tail& tail) {
+inline AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const Shape& shape,
+                                 const Tail& tail) {
   check_rows(q, k, v, shape);
   AttentionParams p{};
   p.dtype = dtype_of(q, "q");

@@ -36,25 +36,25 @@ struct RowValues {
 };
 
 struct AttentionParams {
-  DType dtype;        // of q, k, v, out and their gradients
-  int32_t batch;      // B
-  int32_t heads_q;    // Hq, a multiple of heads_k
-  int32_t heads_k;    // Hk
-  int32_t seqlen_q;   // Sq; packed: max_seqlen_q, an upper bound of every sequence's length
-  int32_t seqlen_k;   // Sk; packed: max_seqlen_k
-  int32_t head_dim;   // D
-  int32_t head_dim_v; // Dv
-  int64_t total_q;    // rows in q's storage: B * Sq, or T of q
-  int64_t total_k;    // rows in k's storage: B * Sk, or T of k
+  DType dtype;         // of q, k, v, out and their gradients
+  int32_t batch;       // B
+  int32_t heads_q;     // Hq, a multiple of heads_k
+  int32_t heads_k;     // Hk
+  int32_t seqlen_q;    // Sq; packed: max_seqlen_q, an upper bound of every sequence's length
+  int32_t seqlen_k;    // Sk; packed: max_seqlen_k
+  int32_t head_dim;    // D
+  int32_t head_dim_v;  // Dv
+  int64_t total_q;     // rows in q's storage: B * Sq, or T of q
+  int64_t total_k;     // rows in k's storage: B * Sk, or T of k
 
-  Rows q;    // (B, Sq, Hq, D)
-  Rows k;    // (B, Sk, Hk, D)
-  Rows v;    // (B, Sk, Hk, Dv)
-  Rows out;  // (B, Sq, Hq, Dv)
+  Rows q;         // (B, Sq, Hq, D)
+  Rows k;         // (B, Sk, Hk, D)
+  Rows v;         // (B, Sk, Hk, Dv)
+  Rows out;       // (B, Sq, Hq, Dv)
   RowValues lse;  // natural logarithm of the row's sum of exponentials, the sink included
 
-  Scores bias;                  // (B|1, Hq|1, Sq|1, Sk|1), q's dtype or float32, added to the score; -inf hides
-  Scores mask;                  // (B|1, Hq|1, Sq|1, Sk|1), bool (one byte), true = visible
+  Scores bias;                          // (B|1, Hq|1, Sq|1, Sk|1), q's dtype or float32, added to the score; -inf hides
+  Scores mask;                          // (B|1, Hq|1, Sq|1, Sk|1), bool (one byte), true = visible
   const float* alibi_slopes = nullptr;  // (Hq) or (B, Hq); the batch stride is below
   int64_t alibi_batch_stride = 0;       // 0 for (Hq)
   const void* sink = nullptr;           // (Hq), float32, or float64 when q is float64; in natural units
@@ -65,20 +65,20 @@ struct AttentionParams {
   const int32_t* query_range = nullptr;   // (B, 2)
   const int32_t* query_offset = nullptr;  // (B): position of query row 0 among the keys; null means Sk - Sq
 
-  double scale;          // s = scale * q.k
-  double softcap;        // 0: none; otherwise s = softcap * tanh(s / softcap)
-  int32_t window_left;   // -1: unlimited
-  int32_t window_right;  // -1: unlimited; 0: causal
-  int32_t dropout_keep;  // of 256; 256 means no dropout
+  double scale;                           // s = scale * q.k
+  double softcap;                         // 0: none; otherwise s = softcap * tanh(s / softcap)
+  int32_t window_left;                    // -1: unlimited
+  int32_t window_right;                   // -1: unlimited; 0: causal
+  int32_t dropout_keep;                   // of 256; 256 means no dropout
   const int64_t* dropout_seed = nullptr;  // one value, on the tensors' device; null when dropout_keep is 256
 
   // Backward only.
-  Rows dout;              // (B, Sq, Hq, Dv), any strides with a contiguous last dimension
-  RowValues dlse;         // gradient of lse; data is null when there is none
-  RowValues row_sum;      // workspace: sum over Dv of dout * out, minus dlse
-  Rows dq, dk, dv;        // like q, k, v, contiguous
-  Scores dbias;           // bias's own shape, broadcast strides as in bias; float32 (float64 for float64), zeroed
-  void* dsink = nullptr;  // (Hq) float32 (float64 for float64), zeroed; null when not asked for
+  Rows dout;                  // (B, Sq, Hq, Dv), any strides with a contiguous last dimension
+  RowValues dlse;             // gradient of lse; data is null when there is none
+  RowValues row_sum;          // workspace: sum over Dv of dout * out, minus dlse
+  Rows dq, dk, dv;            // like q, k, v, contiguous
+  Scores dbias;               // bias's own shape, broadcast strides as in bias; float32 (float64 for float64), zeroed
+  void* dsink = nullptr;      // (Hq) float32 (float64 for float64), zeroed; null when not asked for
   void* workspace = nullptr;  // as many bytes as the architecture's backward_workspace() asked for
   bool deterministic = false;
 

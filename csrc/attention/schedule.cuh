@@ -1,5 +1,5 @@
-// Which tile of which head of which sequence a CTA works on. All tiles of one head lie side by side, so that its K and V
-// (or Q and dO) stay in the L2 cache.
+// Which tile of which head of which sequence a CTA works on. All tiles of one head lie side by side, so that its K and
+// V (or Q and dO) stay in the L2 cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,11 +22,12 @@ struct TileSchedule {
     int tile, head, batch;
   };
 
-  // This CTA's work. reverse: last tile first. A causal head's last query tile sees the most keys, and what takes longest
-  // should start first.
+  // This CTA's work. reverse: last tile first. A causal head's last query tile sees the most keys, and what takes
+  // longest should start first.
   __device__ Work work(bool reverse) const {
     const int tile = blockIdx.x;
-    return {reverse ? tiles - 1 - tile : tile, static_cast<int>(blockIdx.y), first_batch + static_cast<int>(blockIdx.z)};
+    return {reverse ? tiles - 1 - tile : tile, static_cast<int>(blockIdx.y),
+            first_batch + static_cast<int>(blockIdx.z)};
   }
 };
 

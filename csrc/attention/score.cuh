@@ -1,5 +1,6 @@
-// From raw products q.k in accumulators to scores in units of log2: scale, softcap, ALiBi, bias, bool mask; and what the
-// ranges and the window hide. TRANSPOSED: the accumulator's rows are keys and its columns queries, as in the backward.
+// From raw products q.k in accumulators to scores in units of log2: scale, softcap, ALiBi, bias, bool mask; and what
+// the ranges and the window hide. TRANSPOSED: the accumulator's rows are keys and its columns queries, as in the
+// backward.
 #pragma once
 
 #include <math_constants.h>
@@ -34,7 +35,8 @@ __device__ __forceinline__ void hide_invisible(Accumulator<ROWS, COLS>& s, const
   }
 }
 
-// Does every query of [row_begin, row_end) see every key of [col_begin, col_end)? Then hide_invisible has nothing to do.
+// Does every query of [row_begin, row_end) see every key of [col_begin, col_end)? Then hide_invisible has nothing to
+// do.
 __device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequence& sequence, int row_begin,
                                             int row_end, int col_begin, int col_end) {
   return row_begin >= sequence.query_begin && row_end <= sequence.query_end &&
@@ -48,9 +50,9 @@ constexpr float kLowestBias = -2.0e38f;  // times log2 e above softmax.cuh's kNo
 template <class T, bool TRANSPOSED>
 struct ScoreExtras {
   const AttentionParams& p;
-  const char* bias;           // of this batch and head; null: none
+  const char* bias;  // of this batch and head; null: none
   const uint8_t* mask;
-  float slope;                // ALiBi, times log2 e; 0: none
+  float slope;                  // ALiBi, times log2 e; 0: none
   bool bias_pairs, mask_pairs;  // two neighbouring keys lie aligned side by side
 
   __device__ ScoreExtras(const AttentionParams& p, int b, int h) : p(p), bias(nullptr), mask(nullptr), slope(0) {
@@ -130,8 +132,7 @@ struct ScoreExtras {
   }
 
   template <class B, int ROWS, int COLS>
-  __device__ __forceinline__ void add_bias(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0,
-                                           int j0) const {
+  __device__ __forceinline__ void add_bias(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
     if (bias_pairs && j0 + COLS <= sequence.len_k) {
       struct alignas(2 * sizeof(B)) Pair {
         B low, high;
@@ -181,7 +182,7 @@ struct ScoreExtras {
       const int i = min(i0 + RowVector<ROWS>::row(r), sequence.len_q - 1);
 #pragma unroll
       for (int n = 0; n < COLS / 8; ++n) {
-        float(&x)[4] = s.x[r / 2][n];
+        float (&x)[4] = s.x[r / 2][n];
         f(x[2 * (r % 2)], x[2 * (r % 2) + 1], i, 8 * n + lane_col());
       }
     }

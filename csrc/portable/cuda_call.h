@@ -9,7 +9,8 @@
 namespace hf_flash {
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("hf_flash: ") + what + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("hf_flash: ") + what + ": " + cudaGetErrorString(status));
 }
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(1024) sink_gradient_kernel(const AttentionPara
 }
 
 // A thread draws once and writes the 16 elements that share the draw.
-__global__ void __launch_bounds__(kThreads) dropout_mask_kernel(bool* mask, const int64_t* seed, int64_t planes,
-                                                                int64_t rows, int64_t cols, int keep) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_mask_kernel(bool* mask, const int64_t* seed, int64_t planes, int64_t rows, int64_t cols, int keep) {
   const int64_t row_blocks = (rows + 15) / 16, col_blocks = (cols + 15) / 16;
   const int64_t n = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 16;
   const int32_t part = threadIdx.x % 16;
@@ -123,8 +123,9 @@ void dropout_mask(bool* mask, const int64_t* seed, int64_t planes, int64_t rows,
   const int64_t blocks = (threads + portable::kThreads - 1) / portable::kThreads;
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: the dropout mask is too large for one launch");
-  portable::dropout_mask_kernel<<<static_cast<uint32_t>(blocks), portable::kThreads, 0,
-                                  static_cast<cudaStream_t>(stream)>>>(mask, seed, planes, rows, cols, keep);
+  portable::
+      dropout_mask_kernel<<<static_cast<uint32_t>(blocks), portable::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          mask, seed, planes, rows, cols, keep);
   check_launch("dropout_mask");
 }
 

@@ -1,5 +1,5 @@
-// The CUDA versions that decide whether this library can run, for hf_flash/ops.py through ctypes: a driver older than the
-// runtime's major version loads no kernel of it.
+// The CUDA versions that decide whether this library can run, for hf_flash/ops.py through ctypes: a driver older than
+// the runtime's major version loads no kernel of it.
 #include <cuda_runtime.h>
 
 extern "C" __attribute__((visibility("default"))) int hf_flash_cuda_versions(int* runtime, int* driver) {

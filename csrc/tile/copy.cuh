@@ -69,8 +69,9 @@ __device__ __forceinline__ void store_to_tile(uint32_t tile, int first_row, cons
   }
 }
 
-// A warp writes rows [first_row, first_row + ROWS) of the tile to global memory, 16 bytes a lane; `global` points at the
-// tile's row 0, row_elements is the stride of a row. Rows at or past end_row and columns past head_dim stay unwritten.
+// A warp writes rows [first_row, first_row + ROWS) of the tile to global memory, 16 bytes a lane; `global` points at
+// the tile's row 0, row_elements is the stride of a row. Rows at or past end_row and columns past head_dim stay
+// unwritten.
 template <int ROWS, class Tile>
 __device__ __forceinline__ void store_rows(void* global, int64_t row_elements, int head_dim, uint32_t tile,
                                            int first_row, int end_row) {

@@ -6,8 +6,8 @@
 
 namespace hf_flash {
 
-__device__ __forceinline__ int lane_row() { return (threadIdx.x % 32) / 4; }      // g: first row this lane holds
-__device__ __forceinline__ int lane_col() { return 2 * (threadIdx.x % 4); }       // 2t: first column
+__device__ __forceinline__ int lane_row() { return (threadIdx.x % 32) / 4; }  // g: first row this lane holds
+__device__ __forceinline__ int lane_col() { return 2 * (threadIdx.x % 4); }   // 2t: first column
 
 // ROWS x COLS float32 accumulators. Element x[m][n][e] stands at row 16 m + g + 8 (e / 2), column 8 n + 2 t + e % 2.
 template <int ROWS, int COLS>
@@ -60,7 +60,8 @@ struct OperandA {
 
 // A operand from accumulators rounded to T: the layouts agree, no lane moves anything.
 template <class T, int ROWS, int DEPTH, int COLS>
-__device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accumulator<ROWS, COLS>& s, int first_block) {
+__device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accumulator<ROWS, COLS>& s,
+                                           int first_block) {
 #pragma unroll
   for (int m = 0; m < ROWS / 16; ++m) {
 #pragma unroll
@@ -77,8 +78,7 @@ __device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accum
 // A operand from a tile that stores A: rows are A's rows. Column block k of the tile becomes a.x[.][slot].
 template <int ROWS, int DEPTH, class Tile>
 __device__ __forceinline__ void load_operand(OperandA<ROWS, DEPTH>& a, int slot,
-                                             const BlockReader<Tile, Order::kDown>& tile, int k,
-                                             uint32_t bytes = 0) {
+                                             const BlockReader<Tile, Order::kDown>& tile, int k, uint32_t bytes = 0) {
 #pragma unroll
   for (int m = 0; m < ROWS / 16; ++m) ldmatrix_x4(a.x[m][slot], tile.address(m, k, bytes));
 }

@@ -25,11 +25,12 @@ __device__ __forceinline__ void multiply_by_transpose(Accumulator<ROWS, COLS>& c
 }
 
 // c[:, columns of c_block ..] += A[:, depth block `slot`] * tile[depth block k, columns]. The tile's rows are the depth
-// (P V: the tile is V). BLOCKS blocks of 16 columns starting at c's block c_block and the tile's column block col_block.
+// (P V: the tile is V). BLOCKS blocks of 16 columns starting at c's block c_block and the tile's column block
+// col_block.
 template <class T, int BLOCKS, int ROWS, int COLS, int DEPTH, class Tile>
 __device__ __forceinline__ void multiply(Accumulator<ROWS, COLS>& c, int c_block, const OperandA<ROWS, DEPTH>& a,
-                                         int slot, const BlockReader<Tile, Order::kDown>& tile, int k,
-                                         int col_block, uint32_t bytes = 0) {
+                                         int slot, const BlockReader<Tile, Order::kDown>& tile, int k, int col_block,
+                                         uint32_t bytes = 0) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
     const Block16 b = tile.load_transposed(k, col_block + n, bytes);
