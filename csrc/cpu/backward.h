@@ -197,7 +197,8 @@ void backward_span(const AttentionParams& p, const Sequence& sequence, const Bac
   for (int32_t row0 = first_row; row0 < rows.end; row0 += kTile) {
     const Range queries = intersect({0, kTile}, {rows.begin - row0, rows.end - row0});
     const KeyRange seen = sequence.keys_of(p, row0 + queries.begin, row0 + queries.end);
-    const Range columns = intersect(span.keys, {seen.begin, seen.end});
+    Range columns = intersect(span.keys, {seen.begin, seen.end});
+    if (columns.empty()) columns = {0, 0};  // a window before the first key ends before it begins
     if (columns.empty() && !(task.dq && (span.first || span.last))) continue;
     TilePlace place{batch, head, row0, 0, queries, {0, 0}};
     DqSums<T> sums{};

@@ -65,7 +65,7 @@ HF_FLASH_INLINE void multiply_block(const T* a, int64_t a_row, int64_t a_k, cons
 #pragma GCC unroll 8
   for (int r = 0; r < kRegisterRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAccumulate ? load(c + r * c_row + v * kLanes<T>) : Vector<T>{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector<T>{};
   for (int k = 0; k < depth; ++k, a += a_k, b += b_row) {
     Vector<T> columns[kVectors];
 #pragma GCC unroll 8
@@ -78,7 +78,11 @@ HF_FLASH_INLINE void multiply_block(const T* a, int64_t a_row, int64_t a_k, cons
 #pragma GCC unroll 8
   for (int r = 0; r < kRegisterRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * kLanes<T>, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = c + r * c_row + v * kLanes<T>;
+      // c comes last: a tile's sum rounds with the size of the tile's terms, not with that of all tiles before it.
+      store<T>(to, kAccumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 // How many vectors of a row of c are held in registers: AVX-512 has 32 registers, the others 16.
