@@ -86,6 +86,9 @@ class Call(NamedTuple):
     deterministic: bool = False
 
 
+_TENSORS = 8  # the leading fields of Call that are tensors: saved, so that a change in place before backward raises
+
+
 def _forward(q, k, v, bias, sink, call):
     mask, alibi_slopes, *rest = call
     return torch.ops.hf_flash.forward.default(q, k, v, bias, mask, alibi_slopes, sink, *rest)
@@ -97,20 +100,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, call):
         out, lse = _forward(q, k, v, bias, sink, call)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse)
-        ctx.call = call
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *call[:_TENSORS])
+        ctx.scalars = call[_TENSORS:]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, bias, sink, out, lse = ctx.saved_tensors
-        mask, alibi_slopes, *rest = ctx.call
+        q, k, v, bias, sink, out, lse, mask, alibi_slopes, *rest = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         need_dbias, need_dsink = ctx.needs_input_grad[3:5]
         dq, dk, dv, dbias, dsink = torch.ops.hf_flash.backward.default(
-            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, need_dbias, need_dsink
+            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
         )
         gradients = (dq, dk, dv, dbias, dsink)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
