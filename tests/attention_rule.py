@@ -1,0 +1,157 @@
+"""The rule by which every result is judged, and what the tests of the operator share.
+
+A result is right when its error against the float64 reference is at most twice the error of PyTorch's own attention in
+the same dtype, plus two units in the last place of the largest reference value. The mean error obeys the same rule.
+"""
+
+import math
+
+import torch
+
+from hf_flash import flash_attention
+from hf_flash.reference import reference_attention
+
+DIFFERENTIABLE = ("bias", "sink")
+
+
+def make_qkv(device, dtype, batch, seqlen_q, seqlen_k, heads=2, heads_k=None, head_dim=32, head_dim_v=None, seed=0):
+    """q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) of normal values; batch None makes them packed (T, H, D)."""
+    g = torch.Generator().manual_seed(seed)
+    first = () if batch is None else (batch,)
+    heads_k, head_dim_v = heads_k or heads, head_dim_v or head_dim
+    shapes = (seqlen_q, heads, head_dim), (seqlen_k, heads_k, head_dim), (seqlen_k, heads_k, head_dim_v)
+    return tuple(torch.randn(*first, *shape, generator=g).to(device, dtype) for shape in shapes)
+
+
+def int32(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def seed_tensor(value, device):
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
+def random_like(t, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device, dtype)
+
+
+def run(q, k, v, options, *, dout=None, dlse=None, precision=None, dlse_only=False):
+    """Results and gradients by name: out, lse, dq, dk, dv and, where present, dbias, dsink.
+
+    precision None runs ``flash_attention``; a dtype runs the reference with it, on inputs of that dtype.
+    dout and dlse are gradients, or functions that make them from out and lse; dout defaults to ones.
+    """
+    tensors = {"q": q, "k": k, "v": v} | {name: options[name] for name in DIFFERENTIABLE if name in options}
+    wide = precision == torch.float64
+    leaves = {n: (t.double() if wide else t).detach().requires_grad_() for n, t in tensors.items()}
+    extras = {n: leaves.get(n, value) for n, value in options.items()}
+    if precision is None:
+        out, lse = flash_attention(leaves["q"], leaves["k"], leaves["v"], **extras, return_lse=True)
+    else:
+        extras.pop("deterministic", None)
+        out, lse = reference_attention(leaves["q"], leaves["k"], leaves["v"], **extras, dtype=precision)
+    dout = torch.ones_like(out) if dout is None else dout(out) if callable(dout) else dout.to(out.dtype)
+    results = {"out": out, "lse": lse}
+    gradients = {"out": dout}
+    if dlse is not None:
+        gradients["lse"] = dlse(lse) if callable(dlse) else dlse.to(lse.dtype)
+    grads = torch.autograd.grad(
+        [results[n] for n in gradients], list(leaves.values()), list(gradients.values()), materialize_grads=True
+    )
+    return {n: t.detach() for n, t in results.items()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def ulp(value, dtype):
+    """The unit in the last place of a number in dtype."""
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(value)) if value > 0 else 0.0
+
+
+def largest(t):
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def judge(name, ours, reference, own, floor=0.0):
+    """Raises AssertionError unless ours obeys the rule; minus infinity must stand where the reference has it."""
+    assert ours.shape == reference.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
+    finite = reference.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name} is not finite where it should be, or the other way round"
+    assert torch.equal(ours[~finite].double(), reference[~finite]), f"{name} has another infinity than the reference"
+    reference = torch.where(finite, reference, 0)
+    error, own_error = ((torch.where(finite, x.double(), 0) - reference).abs() for x in (ours, own))
+    top = max(1.0, largest(reference)) if name == "lse" else largest(reference)
+    allowed = 2 * largest(own_error) + 2 * ulp(top, ours.dtype) + floor
+    if ours.dtype == torch.float64:
+        allowed = 1e-12 * max(1.0, top)
+    assert largest(error) <= allowed, (
+        f"{name}: error {largest(error):.3e}, allowed {allowed:.3e} (PyTorch's own {largest(own_error):.3e}, "
+        f"largest value {top:.3e})"
+    )
+    if error.numel():
+        allowed_mean = 2 * own_error.mean().item() + ulp(reference.abs().mean().item(), ours.dtype) + floor
+        mean = error.mean().item()
+        assert mean <= max(allowed_mean, 1e-12), f"{name}: mean error {mean:.3e}, allowed {allowed_mean:.3e}"
+
+
+def check(q, k, v, *, dout=None, lse_gradient=True, small=False, seed=1, **options):
+    """Judge out, lse and every gradient of one call; returns our results by name.
+
+    dout and dlse are random unless dout is given. With ``small`` PyTorch's own error has a floor under it
+    (:func:`unavoidable`), for tensors so small that it can be zero by luck.
+    """
+    with torch.no_grad():
+        out, lse = reference_attention(q, k, v, **{n: x for n, x in options.items() if n != "deterministic"})
+    dlse = random_like(lse, torch.float32, seed + 1) if lse_gradient else None
+    dout = random_like(out, q.dtype, seed) if dout is None else dout
+    ours = run(q, k, v, options, dout=dout, dlse=dlse)
+    reference = run(q, k, v, options, dout=dout, dlse=dlse, precision=torch.float64)
+    own = run(q, k, v, options, dout=dout, dlse=dlse, precision=q.dtype)
+    floor = unavoidable(q, k, v, options, dout, dlse, reference) if small else {}
+    assert ours["out"].dtype == q.dtype and ours["dq"].dtype == q.dtype and ours["dk"].dtype == q.dtype
+    for name, value in ours.items():
+        judge(name, value, reference[name], own[name], floor.get(name, 0.0))
+    return ours
+
+
+def unavoidable(q, k, v, options, dout, dlse, reference):
+    """For each result, twice what the rounding of out and lse does to it, plus float32's own noise.
+
+    A kernel that keeps out and lse and not the probabilities computes these again from the rounded lse, and reads each
+    row's sum of dout * out off the rounded out. The error of lse scales the row's gradients, that of the sum acts as a
+    gradient of lse does. PyTorch's own attention, which keeps the probabilities, is free of both: with one visible key
+    its dq is exactly 0.
+    """
+    out, lse = reference["out"], reference["lse"].nan_to_num(neginf=0.0)
+    error = (dout.double() * (out.to(q.dtype).double() - out)).sum(-1).mT
+    eps, scale = torch.finfo(torch.float32).eps, options.get("scale") or q.shape[-1] ** -0.5
+    score_noise = eps * scale * longest_row(q) * longest_row(k)
+    relative = (lse.abs() * eps + score_noise) / 2
+    extra = 0 if dlse is None else dlse * relative
+    rounded = run(q, k, v, options, dout=dout * relative.mT[..., None], dlse=extra - error, precision=torch.float64)
+    noise = 8 * eps * longest_row(dout) * longest_row(v) / (1 - options.get("dropout_p", 0.0))
+    floors = {
+        "dq": noise * scale * largest(k),
+        "dk": noise * scale * largest(q),
+        "dv": 0.0,
+        "dbias": noise,
+        "dsink": noise,
+    }
+    floors = {name: 2 * largest(rounded[name]) + floor for name, floor in floors.items() if name in rounded}
+    return floors | {"lse": score_noise, "out": score_noise * largest(out)}
+
+
+def longest_row(t):
+    """The largest Euclidean norm of a row of t, along its last dimension."""
+    return largest(t.double().norm(dim=-1))
+
+
+def visible_keys(seqlen_q, seqlen_k, offset, window, keys=None, rows=None):
+    """For each query the set of keys it sees, written out from the contract's sentence."""
+    key_begin, key_end = keys or (0, seqlen_k)
+    row_begin, row_end = rows or (0, seqlen_q)
+    left, right = (math.inf if side < 0 else side for side in window)
+
+    def sees(i, j):
+        return key_begin <= j < key_end and row_begin <= i < row_end and -left <= j - (i + offset) <= right
+
+    return [{j for j in range(seqlen_k) if sees(i, j)} for i in range(seqlen_q)]
