@@ -3,7 +3,16 @@
 import importlib
 
 from . import autoload
-from .attention import flash_attention
+from .attention import (
+    flash_attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from .modules import FlashAttention, FlashMHA
 from .version import __version__
 
 # These need Transformers, which is imported when one of them is first asked for.
@@ -16,7 +25,19 @@ _LAZY = {
     "unpatch_model": "patching",
 }
 
-__all__ = ["__version__", "flash_attention", *_LAZY]
+__all__ = [
+    "FlashAttention",
+    "FlashMHA",
+    "__version__",
+    "flash_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    *_LAZY,
+]
 
 
 def __getattr__(name):

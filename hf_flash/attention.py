@@ -15,7 +15,16 @@ import torch
 
 from . import ops, support
 
-__all__ = ["dropout_keep", "flash_attention"]
+__all__ = [
+    "dropout_keep",
+    "flash_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
 
 # HF_FLASH_CHECK=1: read cu_seqlens and ranges back from the device before each call and raise on bad values.
 CHECK_VALUES = os.environ.get("HF_FLASH_CHECK", "0") == "1"
@@ -177,3 +186,14 @@ def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_
             raise ValueError(
                 f"hf_flash: `max_seqlen_{name}` is {longest}; cu_seqlens_{name} has a sequence of {max(lengths)} rows"
             )
+
+
+# At the end, since these functions call flash_attention above.
+from .flash_attn_api import (  # noqa: E402
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
