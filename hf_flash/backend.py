@@ -167,6 +167,11 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
                 f"hf_flash [PACKED]: {type(module).__name__} got packed sequences (cu_seq_lens_q, cu_seq_lens_k or "
                 f"seq_idx) together with {what}; pass padded batches there, or packed ones without a mask"
             )
+        if query.shape[0] != 1:
+            raise ValueError(
+                f"hf_flash [PACKED]: cu_seq_lens_q and cu_seq_lens_k came with a batch of {query.shape[0]}; packed "
+                "sequences lie in one row, of shape (1, tokens)"
+            )
         if cu_q is None or cu_k is None:
             if seq_idx is None:
                 raise ValueError("hf_flash [PACKED]: cu_seq_lens_q and cu_seq_lens_k go together; pass both")
@@ -231,6 +236,18 @@ def _rows(t: torch.Tensor, packed: bool) -> torch.Tensor:
     return t.flatten(0, 1) if packed else t
 
 
+def _packed_bias(bias, behaviour, call) -> torch.Tensor:
+    """A bias over all tokens of a packed batch, counted from each sequence's start as the kernel does."""
+    if "cu_seqlens_q" not in call or bias.shape[-2:] == (1, 1):
+        return bias
+    if not behaviour.relative_bias:
+        raise ValueError(
+            f"hf_flash [PACKED]: packed sequences with a bias of shape {tuple(bias.shape)}, which may differ from "
+            "sequence to sequence; pass padded batches instead"
+        )
+    return bias[..., : call["max_seqlen_q"], : call["max_seqlen_k"]]
+
+
 def _addition(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias if bias.dtype in (dtype, torch.float32) else bias.float()
 
@@ -269,7 +286,7 @@ def attention_forward(
             given = visible[..., : k.shape[2]]
             bias = given if bias is None else bias + given
         if bias is not None:
-            call["bias"] = _addition(bias, q.dtype)
+            call["bias"] = _packed_bias(_addition(bias, q.dtype), behaviour, call)
         if s_aux is not None:
             call["sink"] = _addition(s_aux, q.dtype)
         packed = "cu_seqlens_q" in call

@@ -367,7 +367,9 @@ def explain(model: nn.Module) -> Report:
                 row.status, row.code = "fallback", calls.fallbacks.most_common(1)[0][0]
                 row.sentence = calls.reasons[row.code]
         rows.append(row)
-    return Report(type(model).__name__, rows, *_kernel(model))
+    kernel, notes = _kernel(model)
+    notes += report.compiled_notes({row.attention for row in rows})
+    return Report(type(model).__name__, rows, kernel, notes)
 
 
 def _kernel(model: nn.Module) -> tuple[str, list[str]]:

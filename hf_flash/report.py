@@ -44,8 +44,28 @@ def forget(module: nn.Module) -> None:
 
 
 def count_served(module: nn.Module) -> None:
-    if not torch.compiler.is_compiling():  # a counter in a compiled graph would make it recompile on every call
+    if torch.compiler.is_compiling():  # a counter in a compiled graph would make it recompile on every call
+        _note_compiled(type(module).__name__, "served")
+    else:
         calls_of(module).served += 1
+
+
+_COMPILED: set[tuple[str, str]] = set()  # (attention class, "served" or a reason's code), noted while tracing
+
+
+@torch.compiler.assume_constant_result
+def _note_compiled(name: str, what: str) -> bool:
+    _COMPILED.add((name, what))
+    return True
+
+
+def compiled_notes(names: set[str]) -> list[str]:
+    """What was traced by torch.compile in this process, for these attention classes."""
+    return [
+        f"{name} was compiled: {'served' if what == 'served' else f'fallback [{what}]'}; compiled calls are not counted"
+        for name, what in sorted(_COMPILED)
+        if name in names
+    ]
 
 
 def strict() -> bool:
@@ -65,6 +85,7 @@ def note_fallback(module: nn.Module, reason: Unsupported, on_fallback: str) -> N
             "HF_FLASH_STRICT=1)"
         )
     if torch.compiler.is_compiling():
+        _note_compiled(name, reason.code)
         _warn(name, reason.code, reason.sentence, on_fallback)
         return
     calls = calls_of(module)

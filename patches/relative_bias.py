@@ -59,4 +59,7 @@ class T5Forward:
         return (out, position_bias, weights) if output_attentions else (out, position_bias)
 
 
-register(Behaviour("relative bias", is_cross=is_cross, no_bias=is_cross, replacement=T5Forward), "t5.T5Attention")
+register(
+    Behaviour("relative bias", is_cross=is_cross, no_bias=is_cross, relative_bias=True, replacement=T5Forward),
+    "t5.T5Attention",
+)

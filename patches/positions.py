@@ -1,0 +1,66 @@
+"""Models that do not hand ``position_ids`` (or cu_seq_lens keywords) on to their attention.
+
+Packed sequences would see each other there without anyone noticing, so they are recognised where the model is called
+and travel in place of the mask. A model that behaves like these is one line here.
+"""
+
+import inspect
+
+import torch
+
+from hf_flash.packing import Visibility, packing_from_cu_seqlens, sequence_ids
+from hf_flash.registry import ModelRule, register_model
+
+KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def _packed(module, given: dict, window) -> Visibility | None:
+    """The packing that a model's arguments announce, None where they announce none."""
+    ids = given.get("input_ids")
+    shape = ids.shape if ids is not None else given["inputs_embeds"].shape[:2]
+    cache, positions = given.get("past_key_values"), given.get("position_ids")
+    if shape[0] != 1 or given.get("attention_mask") is not None:
+        return None
+    if cache is not None and cache.get_seq_length() > 0:
+        return None
+    extra = given.get("kwargs", {})
+    if extra.get("cu_seq_lens_q") is not None and extra.get("cu_seq_lens_k") is not None:
+        packing = packing_from_cu_seqlens(*(extra.get(name) for name in KEYWORDS))
+        return Visibility(1, shape[1], shape[1], window=window, packing=packing)
+    if positions is None or positions.shape != (1, shape[1]):
+        return None
+    numbers = sequence_ids(positions)
+    if not torch.compiler.is_compiling() and not numbers[:, -1:].any():
+        return None
+    return Visibility(1, shape[1], shape[1], window=window, ids=numbers)
+
+
+def _announce(module, args, kwargs, window):
+    if module.config._attn_implementation != "hf_flash":
+        return None
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    if given.get("input_ids") is None and given.get("inputs_embeds") is None:
+        return None  # the model itself will complain
+    visible = _packed(module, given, window)
+    if visible is None:
+        return None
+    names = list(inspect.signature(module.forward).parameters)
+    place = names.index("attention_mask")
+    kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+    if place < len(args):
+        return (*args[:place], visible, *args[place + 1 :]), kwargs
+    return args, kwargs | {"attention_mask": visible}
+
+
+def announce_to_encoder(module, args, kwargs):
+    """Forward pre-hook of a bidirectional model."""
+    return _announce(module, args, kwargs, (-1, -1))
+
+
+def announce_to_decoder(module, args, kwargs):
+    """Forward pre-hook of a causal model."""
+    return _announce(module, args, kwargs, (-1, 0))
+
+
+register_model(ModelRule(prepare=announce_to_encoder), "distilbert.DistilBertModel")
+register_model(ModelRule(prepare=announce_to_decoder), "gpt2.GPT2Model")  # transformers 5.0 hands nothing on

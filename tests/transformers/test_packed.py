@@ -1,0 +1,149 @@
+"""Packed sequences never see each other: a packed row equals its sequences one by one, gradients too."""
+
+import pytest
+import torch
+import transformers
+
+import hf_flash
+
+LENGTHS = (5, 1, 7)
+MODELS = ["albert", "bert", "camembert", "distilbert", "electra", "gpt2", "llama", "roberta", "xlm-roberta"]
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 61, (1, length), generator=generator) for length in LENGTHS]
+
+
+def packed_inputs(how):
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    inputs = {"input_ids": torch.cat(sequences(), 1), "position_ids": positions}
+    if how == "keywords":
+        cu_seqlens = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 7, "max_length_k": 7}
+    if how == "keywords alone":
+        cu_seqlens = torch.tensor([0, 5, 6, 13])
+        inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens.clone()}
+    return inputs
+
+
+def one_by_one(model):
+    rows = [model(input_ids=s, position_ids=torch.arange(s.shape[1])[None]).logits for s in sequences()]
+    return torch.cat(rows, 1)
+
+
+@pytest.mark.parametrize("how", ["positions", "keywords", "keywords alone"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_equals_separate(tiny, name, how):
+    eager = tiny.make(name)
+    ours = tiny.twin(eager)
+    want, got = one_by_one(eager), ours(**packed_inputs(how)).logits
+    assert (want - got).abs().max() <= 2e-5 * want.abs().max()
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(5))
+    (want * weights).sum().backward()
+    (got * weights).sum().backward()
+    for (parameter, p), q in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        if p.grad is not None:
+            assert (p.grad - q.grad).abs().max() <= 2e-4 * max(1.0, p.grad.abs().max()), parameter
+    assert hf_flash.explain(ours).share == 1.0
+
+
+def test_without_packing_the_results_differ(tiny):
+    """The comparison above can fail: eager attention lets packed sequences see each other."""
+    eager = tiny.make("bert")
+    assert (one_by_one(eager) - eager(**packed_inputs("keywords")).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["distilbert", "gpt2"])
+def test_announced_by_position_arguments_too(tiny, name):
+    ours = tiny.twin(tiny.make(name))
+    base = ours.base_model
+    inputs = packed_inputs("positions")
+    by_name = base(**inputs)[0]
+    if name == "distilbert":
+        by_place = base(inputs["input_ids"], None, position_ids=inputs["position_ids"])[0]
+    else:
+        by_place = base(inputs["input_ids"], None, None, position_ids=inputs["position_ids"])[0]
+    assert torch.equal(by_name, by_place)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_the_collator_of_transformers(tiny, name):
+    """DataCollatorWithFlattening's batch gives the padded batch's loss."""
+    features = [{"input_ids": s[0].tolist(), "labels": s[0].tolist()} for s in sequences()]
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(features)
+    model = tiny.make(name)
+    ours = tiny.twin(model)
+    got = ours(**batch).loss
+    losses, count = 0.0, 0
+    for s in sequences():
+        labels = s.clone()
+        labels[0, 0] = -100  # as the collator does
+        valid = int((labels[:, 1:] if tiny.models[name].kind == "decoder" else labels).ne(-100).sum())
+        if valid:
+            positions = torch.arange(s.shape[1])[None]
+            losses, count = (
+                losses + model(input_ids=s, labels=labels, position_ids=positions).loss * valid,
+                count + valid,
+            )
+    assert abs(got - losses / count) <= 1e-5 * abs(got)
+
+
+@pytest.mark.parametrize("how", ["positions", "keywords"])
+@pytest.mark.parametrize("reason", ["NO_KERNEL", "OUTPUT_ATTENTIONS"])
+def test_a_fallback_keeps_packed_sequences_apart(tiny, how, reason, monkeypatch):
+    eager = tiny.make("bert")
+    ours = hf_flash.patch_model(tiny.make("bert"), on_fallback="ignore")
+    keywords = {}
+    if reason == "NO_KERNEL":
+        monkeypatch.setattr("hf_flash.support.device_reason", lambda *a: ("NO_KERNEL", "none in this test"))
+    else:
+        keywords = {"output_attentions": True}
+    got = ours(**packed_inputs(how), **keywords).logits
+    assert (one_by_one(eager) - got).abs().max() < 1e-4
+    assert hf_flash.explain(ours).reasons().keys() == {reason}
+
+
+def test_t5_encoder_packs_its_bias(tiny):
+    """T5 has no position_ids; cu_seq_lens keywords reach its encoder in releases that hand them on."""
+    model = tiny.make("t5").get_encoder()
+    ours = tiny.twin(tiny.make("t5")).get_encoder()
+    inputs = packed_inputs("keywords")
+    del inputs["position_ids"]
+    want = torch.cat([model(input_ids=s)[0] for s in sequences()], 1)
+    try:
+        got = ours(**inputs)[0]
+    except TypeError:  # a release whose forward takes no such keyword says so
+        return
+    assert (want - got).abs().max() < 1e-5
+
+
+def decoder_bert(tiny, **config):
+    return tiny.make("bert", is_decoder=True, add_cross_attention=True, **config)
+
+
+def test_cross_attention_refuses_packed_sequences(tiny):
+    ours = hf_flash.patch_model(decoder_bert(tiny).bert)
+    memory = torch.randn(1, 6, 32)
+    for how in ("positions", "keywords"):
+        with pytest.raises(ValueError, match="PACKED"):
+            ours(**packed_inputs(how), encoder_hidden_states=memory)
+    with pytest.raises(ValueError, match="PACKED"):
+        inputs = packed_inputs("keywords")
+        ours(**inputs, attention_mask=torch.tensor([[1] * 12 + [0]]))
+
+
+def test_keywords_for_a_padded_batch_are_refused(tiny):
+    ours = tiny.twin(tiny.make("bert"))
+    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="batch of 2"):
+        ours(input_ids=torch.ones(2, 4, dtype=torch.long), cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
+
+
+def test_positions_that_are_no_packing_change_nothing(tiny):
+    eager = tiny.make("bert")
+    ours = tiny.twin(eager)
+    ids = sequences()[2]
+    for positions in ([3, 1, 2, 0, 5, 4, 6], [1, 1, 1, 0, 1, 2, 3], list(range(4, 11))):
+        inputs = {"input_ids": ids, "position_ids": torch.tensor([positions])}
+        assert (eager(**inputs).logits - ours(**inputs).logits).abs().max() < 1e-5
