@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
+def _driver_version() -> str:
+    """The kernel module's own word, as nvidia-smi shows it; "version unknown" in containers that hide it."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "version unknown"
+    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "version unknown"
+
+
 def _reason(feature: str, device: str, dtype: torch.dtype) -> support.Unsupported | None:
     head_dim = int(feature.split()[-1]) if feature.startswith("head dim") else 64
     q = torch.zeros(1, 16, 4, head_dim, device=device, dtype=dtype)
@@ -64,8 +75,11 @@ def doctor() -> int:
     built, driver = ops.cuda_versions()
     if built:
         print(f"  built with CUDA {built // 1000}.{built % 1000 // 10}, torch has CUDA {torch.version.cuda}")
-        runs = f"runs CUDA up to {driver // 1000}.{driver % 1000 // 10}" if driver else "none found"
-        print(f"  NVIDIA driver: {runs}")
+        runs = (
+            f"{_driver_version()}, runs CUDA up to {driver // 1000}.{driver % 1000 // 10}" if driver else "none found"
+        )
+        needs = "; CUDA 13 builds need 580 or newer" if built >= 13000 else ""
+        print(f"  NVIDIA driver: {runs}{needs}")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if len(devices) == 1:
         print("GPU           none that torch can see")

@@ -1,0 +1,121 @@
+"""``python -m hf_flash``: doctor asks the code what it can do, bench and explain say what is missing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from hf_flash import __main__ as command
+from hf_flash import ops, support
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs ``python -m hf_flash ARGUMENTS``; gives the exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf_flash", *arguments])
+        code = command.main()
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def table(text: str, device: str) -> dict[str, list[str]]:
+    """Cells of the feature table of a device, by feature."""
+    rows = text.split(f"feature on {device}")[1].split("\n\n")[0].splitlines()[1:]
+    return {row[:24].strip(): row[24:].split() for row in rows if not row.startswith("  ")}
+
+
+def test_doctor_names_what_is_installed(call):
+    code, text = call("doctor")
+    assert code == 0
+    for line in (f"torch         {torch.__version__.split('+')[0]}", "transformers", "CPU library   /"):
+        assert line in text
+    assert ops.LIBRARIES["cuda"] in text
+    if not torch.cuda.is_available():
+        assert "none that torch can see" in text
+
+
+def test_every_feature_runs_on_the_cpu(call):
+    cells = table(call("doctor")[1], "cpu")
+    assert set(cells) == set(command._FEATURES)
+    assert all(served == ["cpu"] * 4 for served in cells.values())
+
+
+def test_doctor_asks_the_code(call, monkeypatch):
+    """A feature that support.py refuses shows its code in the table and its sentence below."""
+    honest = support.unsupported
+
+    def without_softcap(q, k, v, softcap=0.0, **keywords):
+        if softcap:
+            return support.Unsupported("SOFTCAP", "this machine lost its tanh")
+        return honest(q, k, v, softcap=softcap, **keywords)
+
+    monkeypatch.setattr(support, "unsupported", without_softcap)
+    text = call("doctor")[1]
+    cells = table(text, "cpu")
+    assert cells["softcap"] == ["SOFTCAP"] * 4
+    assert cells["dropout"] == ["cpu"] * 4
+    assert "  SOFTCAP: this machine lost its tanh" in text
+
+
+def test_a_driver_too_old_for_the_build(monkeypatch):
+    monkeypatch.setattr(ops, "cuda_versions", lambda: (13000, 12080))
+    code, sentence = support.gpu_reason(0)
+    assert code == "DRIVER"
+    assert "runs CUDA 12.8" in sentence
+    assert "built with CUDA 13.0" in sentence
+    assert "580 or newer" in sentence
+
+
+def test_a_gpu_too_old(monkeypatch):
+    monkeypatch.setattr(ops, "cuda_versions", lambda: (13000, 13000))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    code, sentence = support.gpu_reason(0)
+    assert code == "ARCH"
+    assert "7.5" in sentence
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    assert support.gpu_reason(0) is None
+
+
+def test_bench_outside_a_clone(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "hf_flash/__main__.py"))
+    code, text = call("bench")
+    assert code == 1
+    assert "run from a clone" in text
+
+
+def test_bench_passes_its_arguments_on(call, monkeypatch, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("benchmark_cpu.py", "benchmark_flash_attention.py"):
+        (tmp_path / "benchmarks" / name).write_text("import sys; sys.exit(sys.argv[1:] != ['--quick', '7'])")
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "hf_flash/__main__.py"))
+    assert call("bench", "--quick", "7")[0] == 0
+    assert call("bench")[0] == 1
+
+
+def test_explain_prints_the_report(call, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    code, text = call("explain", str(tmp_path))
+    assert code == 0
+    assert text.count("BertSelfAttention") == 2
+    assert "patched" in text
+
+
+def test_explain_without_a_model(call, tmp_path):
+    code, text = call("explain", str(tmp_path / "nothing"))
+    assert code == 1
+    assert "cannot load a model from" in text
+
+
+def test_unknown_arguments_are_not_ignored(call):
+    with pytest.raises(SystemExit) as stopped:
+        call("doctor", "--loud")
+    assert stopped.value.code == 2
