@@ -31,10 +31,11 @@ def through_interface(cls: type) -> bool:
 class Behaviour:
     """How one kind of attention module behaves; an instance stands in each file of ``patches/``.
 
-    name: for reports. relative_bias: whether ``position_bias`` depends on the distance of query and key alone, so that a
-    packed batch can use its corner. is_cross: whether a module's keys come from another sequence than its queries. no_bias: whether
-    a module's ``position_bias`` is known to be all zeros. replacement: for classes that do not go through
-    Transformers' attention interface: a mixin whose forward does; ``patch_model`` swaps it in (``swapped_class``).
+    name: for reports. relative_bias: whether ``position_bias`` depends on the distance of query and key alone, so
+    that a packed batch can use its corner. is_cross: whether a module's keys come from another sequence than its
+    queries. no_bias: whether a module's ``position_bias`` is known to be all zeros. replacement: for classes that do
+    not go through Transformers' attention interface: a mixin whose forward does; ``patch_model`` swaps it in
+    (``swapped_class``).
     """
 
     name: str

@@ -5,12 +5,12 @@
 namespace hf_flash::sm80 {
 
 struct ForwardConfig {
-  int warp_rows;         // query rows a warp: with 32, a K or V fragment read from shared memory feeds two mma
+  int warp_rows;  // query rows a warp: with 32, a K or V fragment read from shared memory feeds two mma
   int warps;
-  int keys;              // keys a tile
-  int block;             // keys whose exponentials, QK^T of the next tile and PV are woven together
+  int keys;                   // keys a tile
+  int block;                  // keys whose exponentials, QK^T of the next tile and PV are woven together
   bool queries_in_registers;  // else read from shared memory for each block
-  int blocks_per_sm;     // caps the registers
+  int blocks_per_sm;          // caps the registers
 };
 
 constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras) {
