@@ -1,0 +1,47 @@
+"""A few calls of every kind of kernel, small enough for compute-sanitizer; run by test_sanitizer.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from attention_rule import int32, make_qkv, run, seed_tensor
+
+
+def calls(device, dtype):
+    """(q, k, v, options): every head-dim bucket, every term of the score, every way to say where sequences lie."""
+    dropout = {"dropout_p": 0.2, "dropout_seed": seed_tensor(1, device)}
+    for head_dim in (40, 64, 96, 128, 192, 256):
+        yield *make_qkv(device, dtype, 1, 77, 101, heads=2, heads_k=1, head_dim=head_dim), {"causal": True} | dropout
+    qkv = make_qkv(device, dtype, 2, 77, 141, heads=2, heads_k=1, head_dim=64)
+    ranges = {"key_range": int32([[5, 99], [64, 64]], device), "query_range": int32([[0, 70], [3, 77]], device)}
+    slopes, sink = torch.rand(2, device=device), torch.randn(2, device=device)
+    bias = torch.randn(1, 2, 77, 141, device=device, dtype=dtype)
+    mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
+    yield *qkv, ranges | {"window": (9, 4)}
+    yield *qkv, ranges | dropout | {"bias": bias, "sink": sink, "alibi_slopes": slopes, "softcap": 3.0, "mask": mask}
+    yield (
+        *qkv,
+        {"bias": bias[:, :, :1], "deterministic": True, "query_offset": int32([3, -200], device), "causal": True},
+    )
+    q, k, v = make_qkv(device, dtype, None, 90, 130, heads=2, head_dim=64)
+    starts = {"cu_seqlens_q": int32([0, 33, 33, 88], device), "cu_seqlens_k": int32([0, 70, 75, 130], device)}
+    yield q, k, v, starts | dropout | {"max_seqlen_q": 55, "max_seqlen_k": 70, "causal": True}
+    wrong = {"cu_seqlens_q": int32([-4, 200, 7, 91], device), "cu_seqlens_k": int32([9, 3, 2**31 - 1, 0], device)}
+    yield q, k, v, wrong | {"max_seqlen_q": 90, "max_seqlen_k": 130}
+
+
+def main(device):
+    count = 0
+    for q, k, v, options in calls(device, torch.float16):
+        run(q, k, v, options)
+        count += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count} calls done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

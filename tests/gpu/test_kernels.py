@@ -1,0 +1,294 @@
+"""What is special about the GPU's kernels; everything else in tests/ops and tests/functions runs there too."""
+
+import copy
+
+import pytest
+import torch
+from attention_fuzz import fuzz
+from attention_rule import check, int32, make_qkv, run, seed_tensor
+
+from hf_flash import flash_attention
+from hf_flash.reference import dropout_keep, dropout_mask
+
+pytestmark = pytest.mark.gpu
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@DTYPES
+def test_random_calls_obey_the_rule(dtype):
+    """2,200 calls in all, longer than the CPU's."""
+    fuzz(1100, "cuda", dtype, longest=260)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(dtype, head_dim):
+    q, k, v = make_qkv("cuda", dtype, 2, 113, 191, heads=2, heads_k=1, head_dim=head_dim)
+    check(q, k, v, causal=True, dropout_p=0.1, dropout_seed=seed_tensor(head_dim, "cuda"))
+    check(q, k, v, key_range=int32([[3, 130], [64, 191]], "cuda"))
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (128, 64), (192, 128), (40, 256), (256, 8)])
+def test_head_dims_of_keys_and_values_differ(dtype, head_dim, head_dim_v):
+    q, k, v = make_qkv("cuda", dtype, 1, 200, 200, head_dim=head_dim, head_dim_v=head_dim_v)
+    check(q, k, v, causal=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen", [64, 192, 320, 448, 1088, 127, 257, 509, 1021, 2039])
+def test_lengths_at_and_between_tiles(dtype, head_dim, seqlen):
+    """S % 128 == 64, and primes."""
+    q, k, v = make_qkv("cuda", dtype, 1, seqlen, seqlen, head_dim=head_dim)
+    for causal in (False, True):
+        check(q, k, v, causal=causal, dropout_p=0.1, dropout_seed=seed_tensor(seqlen, "cuda"))
+
+
+def dropped(seed, batch, heads, rows, cols, p, dtype, device, **options):
+    """The forward's own mask, read off out, 256 keys at a time: q = 0 and v a slice of the unit matrix."""
+    q = torch.zeros(batch, rows, heads, 64, device=device, dtype=dtype)
+    k = torch.zeros(batch, cols, heads, 64, device=device, dtype=dtype)
+    unit, parts = torch.eye(cols, device=device, dtype=dtype), []
+    for part in unit.split(256, dim=1):
+        v = torch.nn.functional.pad(part, (0, -part.shape[1] % 8))[None, :, None].expand(batch, -1, heads, -1)
+        out = flash_attention(q, k, v, dropout_p=p, dropout_seed=seed.to(device), **options)
+        parts.append(out[..., : part.shape[1]])
+    return (torch.cat(parts, -1) != 0).transpose(1, 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, cols", [(1, 700), (300, 257), (129, 512)])
+def test_the_masks_of_both_devices_are_equal(dtype, rows, cols):
+    for value in (1, -(2**63), 0x0123456789ABCDEF):
+        seed = seed_tensor(value, "cpu")
+        want = torch.ops.hf_flash.dropout_mask(seed, 2, 3, rows, cols, dropout_keep(0.3))
+        assert torch.equal(torch.ops.hf_flash.dropout_mask(seed.cuda(), 2, 3, rows, cols, 179).cpu(), want)
+        assert torch.equal(dropped(seed, 2, 3, rows, cols, 0.3, dtype, "cuda").cpu(), want)
+        if value == 1:
+            assert torch.equal(dropped(seed, 2, 3, rows, cols, 0.3, dtype, "cpu"), want)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_the_backward_drops_the_same_at_every_tile_size(dtype, head_dim):
+    """dv with dout a slice of the unit matrix is the dropped weights, transposed."""
+    seed, rows, cols = seed_tensor(-77, "cuda"), 300, 210
+    want = dropout_mask(seed, 1, 2, rows, cols, dropout_keep(0.3))
+    q = torch.zeros(1, rows, 2, head_dim, device="cuda", dtype=dtype)
+    k = torch.zeros(1, cols, 2, head_dim, device="cuda", dtype=dtype)
+    for first in range(0, rows, head_dim):
+        v = torch.zeros(1, cols, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True)
+        dout = torch.eye(rows + head_dim, device="cuda", dtype=dtype)[:rows, first : first + head_dim]
+        out = flash_attention(q, k, v, dropout_p=0.3, dropout_seed=seed)
+        out.backward(dout[None, :, None].expand_as(out))
+        here = min(head_dim, rows - first)
+        got = v.grad.permute(0, 2, 3, 1)[:, :, :here] != 0
+        assert torch.equal(got, want[:, :, first : first + here])
+
+
+def large_enough(gib):
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free / 2**30:.0f} are free")
+
+
+@pytest.mark.parametrize("where", ["rows", "batch", "packed"])
+def test_tensors_of_more_than_two_to_the_31_elements(where):
+    """Offsets beyond 32 bits: the last rows of a huge tensor agree with the same rows alone."""
+    large_enough(24)
+    heads, dim = 16, 64
+    if where == "batch":  # 2.2e9 elements in short sequences
+        shape, last = (2100 * 8, 128, heads, dim), (slice(-1, None),)
+    elif where == "rows":  # stride 0 in the heads of k and v: one long sequence, few keys
+        shape, last = (1, 2**21 + 2**17, heads, dim), (slice(None), slice(-200, None))
+    else:
+        shape, last = (2**21 + 2**17, heads, dim), (slice(-200, None),)
+    q = torch.empty(shape, device="cuda", dtype=torch.float16).normal_()
+    assert q.numel() > 2**31
+    tail = q[last]
+    if where == "batch":
+        got, want = flash_attention(q, q, q)[last], flash_attention(tail, tail, tail)
+    elif where == "rows":
+        k = torch.randn(1, 200, heads, dim, device="cuda", dtype=torch.float16)
+        got, want = flash_attention(q, k, k)[last], flash_attention(tail, k, k)
+    else:
+        count = shape[0] // 200 * 200
+        starts = torch.arange(0, count + 1, 200, device="cuda", dtype=torch.int32) + (shape[0] - count)
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 200, "max_seqlen_k": 200}
+        got, want = flash_attention(q, q, q, **lengths)[last], flash_attention(tail[None], tail[None], tail[None])[0]
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+
+
+def test_gradients_of_more_than_two_to_the_31_elements():
+    large_enough(40)
+    shape = (2100 * 8, 128, 16, 64)
+    q = torch.empty(shape, device="cuda", dtype=torch.float16).normal_().requires_grad_()
+    flash_attention(q, q, q, causal=True).sum().backward()
+    tail = q.detach()[-1:].clone().requires_grad_()
+    flash_attention(tail, tail, tail, causal=True).sum().backward()
+    torch.testing.assert_close(q.grad[-1:], tail.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_250_repeats(head_dim, deterministic):
+    q, k, v = make_qkv("cuda", torch.bfloat16, 2, 1000, 1100, heads=8, heads_k=2, head_dim=head_dim)
+    options = {"causal": True, "deterministic": deterministic, "dropout_p": 0.1, "dropout_seed": seed_tensor(1, "cuda")}
+    options |= {"bias": torch.randn(1, 8, 1, 1100, device="cuda"), "sink": torch.randn(8, device="cuda")}
+    dout = torch.randn_like(q)
+    first = run(q, k, v, options, dout=dout)
+    for _ in range(250):
+        again = run(q, k, v, options, dout=dout)
+        for name in first:
+            if deterministic or name in ("out", "lse"):
+                assert torch.equal(again[name], first[name]), name
+            else:
+                scale = first[name].float().abs().max().item()
+                torch.testing.assert_close(again[name], first[name], rtol=2e-2, atol=4e-3 * scale)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_cuda_graph(dropout_p):
+    """Captured forward and backward replay on new inputs; replays draw new dropout masks from the generator."""
+    leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 2, 100, 130, heads=4, heads_k=2)]
+
+    def step():
+        out = flash_attention(*leaves, causal=True, dropout_p=dropout_p, deterministic=True)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for old, new in zip(
+            leaves, make_qkv("cuda", torch.float16, 2, 100, 130, heads=4, heads_k=2, seed=5), strict=True
+        ):
+            old.copy_(new)
+    graph.replay()
+    first = [t.clone() for t in captured]
+    graph.replay()
+    if dropout_p:
+        assert not torch.equal(captured[0], first[0])
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_two_streams():
+    """Calls on two streams at once do not disturb one another."""
+    inputs = [make_qkv("cuda", torch.bfloat16, 4, 700, 700, heads=8, head_dim=64, seed=n) for n in range(2)]
+    options = {"causal": True, "deterministic": True}
+    want = [run(*qkv, options) for qkv in inputs]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    for _ in range(10):
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[n].append(run(*inputs[n], options))
+    torch.cuda.synchronize()
+    for n in range(2):
+        for results in got[n]:
+            assert all(torch.equal(results[name], want[n][name]) for name in results)
+
+
+def test_two_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    q, k, v = make_qkv("cuda:0", torch.float16, 2, 100, 130)
+    want = run(q, k, v, {"deterministic": True})
+    there = run(*(t.to("cuda:1") for t in (q, k, v)), {"deterministic": True})  # while device 0 is the current one
+    for name in want:
+        assert there[name].device == torch.device("cuda:1")
+        torch.testing.assert_close(there[name].to("cuda:0"), want[name], rtol=1e-2, atol=1e-3)
+    with pytest.raises(ValueError, match="`k` is on cuda:1 but `q` on cuda:0"):
+        flash_attention(q, k.to("cuda:1"), v)
+
+
+def test_memory_is_linear_in_the_length():
+    """Forward and backward hold no S x S matrix: twice the length takes about twice the memory."""
+
+    def peak(seqlen):
+        leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 1, seqlen, seqlen, heads=4, head_dim=64)]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        flash_attention(*leaves, causal=True, dropout_p=0.1).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(8192) < 2.2 * peak(4096) < 2.2 * 64 * 2**20
+
+
+@DTYPES
+def test_cuda_agrees_with_the_cpu(dtype):
+    """The same call on both devices, dropout and bias included."""
+    q, k, v = make_qkv("cpu", dtype, 2, 150, 170, heads=4, heads_k=2, head_dim=64)
+    options = {
+        "dropout_p": 0.2,
+        "dropout_seed": seed_tensor(4, "cpu"),
+        "bias": torch.randn(1, 4, 150, 170),
+        "causal": True,
+    }
+    want = run(q, k, v, options)
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    got = run(q.cuda(), k.cuda(), v.cuda(), moved)
+    for name in want:
+        torch.testing.assert_close(got[name].cpu(), want[name], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32])
+def test_dtypes_without_a_cuda_kernel_raise(dtype):
+    q = torch.zeros(1, 8, 1, 8, device="cuda", dtype=dtype)
+    with pytest.raises(NotImplementedError, match=r"FP32|DTYPE"):
+        flash_attention(q, q, q)
+
+
+def tiny_model(kind):
+    """(model with eager attention, a batch) of a few thousand parameters, or a skip without Transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 200, "attn_implementation": "eager"}
+    torch.manual_seed(0)
+    ids = torch.randint(5, 200, (8, 64), device="cuda")
+    if kind == "bert":
+        config = transformers.BertConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes,
+        )  # fmt: skip
+        model = transformers.BertForMaskedLM(config)
+        mask = torch.arange(64, device="cuda") < torch.randint(20, 65, (8, 1), device="cuda")
+        labels = ids.masked_fill(~mask, -100)
+        return model.cuda(), {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=2, n_head=2, n_positions=64, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **sizes
+    )
+    return transformers.GPT2LMHeadModel(config).cuda(), {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_50_training_steps_follow_eager_attention(kind):
+    import hf_flash
+
+    model, batch = tiny_model(kind)
+
+    def losses(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        history = []
+        for _ in range(50):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model.train()(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return torch.tensor(history)
+
+    patched = hf_flash.patch_model(copy.deepcopy(model), on_unsupported="error", on_fallback="error")
+    want, got = losses(model), losses(patched)
+    assert want[-1] < 0.9 * want[0]
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
