@@ -69,24 +69,23 @@ struct ForwardPlan {
   Sequence sequence;
   TileRange own[Traits::kWarps];  // of each warp
   TileRange tiles;                // of the CTA
-  const void *q, *k, *v;          // the sequence's first row at this head
+  const void *k, *v;              // the sequence's first row at this head
 
-  __device__ void make(const AttentionParams& p, int b, int h, int row0) {
-    const int lane = threadIdx.x;
-    if (lane > Traits::kWarps) return;
-    const Sequence s(p, b);
-    const bool all = lane == Traits::kWarps;
-    const int begin = row0 + (all ? 0 : lane * Traits::kWarpRows);
+  // Threads 0 .. kWarps each work out a part.
+  __device__ void make(const AttentionParams& p, const Sequence& s, int b, int h, int row0) {
+    const int thread = threadIdx.x;
+    if (thread > Traits::kWarps) return;
+    const bool all = thread == Traits::kWarps;
+    const int begin = row0 + (all ? 0 : thread * Traits::kWarpRows);
     const TileRange range(p, s, begin, begin + (all ? Traits::kRows : Traits::kWarpRows), Traits::kKeys);
     if (all) {
       const int kv_head = h / (p.heads_q / p.heads_k);
       sequence = s;
       tiles = range;
-      q = head_of(p.q, b, s.first_q, h);
       k = head_of(p.k, b, s.first_k, kv_head);
       v = head_of(p.v, b, s.first_k, kv_head);
     } else {
-      own[lane] = range;
+      own[thread] = range;
     }
   }
 };
@@ -211,15 +210,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   extern __shared__ __align__(128) char shared_memory[];
   const uint32_t q_tile = shared_address(shared_memory), kv_tiles = q_tile + QTile::kBytes;
   auto& plan = *reinterpret_cast<ForwardPlan<Traits>*>(shared_memory + Traits::kTileBytes);
-  plan.make(p, b, h, row0);
+  {
+    const Sequence sequence(p, b);
+    if (row0 >= sequence.len_q) return;
+    const TileCopy<QTile, Traits::kThreads> q(head_of(p.q, b, sequence.first_q, h), p.q.row, p.head_dim);
+    q.start_load(q_tile, row0, sequence.query_begin, sequence.query_end);
+    plan.make(p, sequence, b, h, row0);
+  }
   __syncthreads();
   const Sequence& sequence = plan.sequence;
-  if (row0 >= sequence.len_q) return;
 
-  const auto load_queries = [&] {
-    TileCopy<QTile, Traits::kThreads>(plan.q, p.q.row, p.head_dim)
-        .start_load(q_tile, row0, sequence.query_begin, sequence.query_end);
-  };
   // Tiles of K and V alternate between two places each, given as bytes from kv_tiles.
   const auto k_place = [](int tile) { return static_cast<uint32_t>((tile & 1) * KVTile::kBytes); };
   const auto v_place = [](int tile) { return static_cast<uint32_t>((2 + (tile & 1)) * KVTile::kBytes); };
@@ -241,19 +241,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
   const int first_tile = plan.tiles.begin, end_tile = plan.tiles.end;
   ForwardWarp<Traits> state(q_tile, kv_tiles + k_place(first_tile), kv_tiles + v_place(first_tile - 1), warp);
-  if (first_tile < end_tile) {
-    load_queries();
-    load_keys(first_tile);
-    copy_async_commit();
-  }
   // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the latter.
-  for (int tile = first_tile - 1; tile < end_tile; ++tile) {
+  // Each step finds its V and K in shared memory and starts the copies of the next step's.
+  const auto load_step = [&](int tile) {
+    if (tile < end_tile && tile >= first_tile) load_values(tile);
+    if (tile + 1 < end_tile) load_keys(tile + 1);
+    copy_async_commit();
+  };
+  if (first_tile < end_tile) {
+    load_step(first_tile - 1);
+    load_step(first_tile);
+  } else {  // nothing to see; Q must have landed before its tile is used for the output
+    copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    if (tile + 1 < end_tile) load_values(tile + 1);
-    if (tile + 2 < end_tile) load_keys(tile + 2);
-    copy_async_commit();
-    if (tile < first_tile) state.load_queries();
+  }
+  for (int tile = first_tile - 1; tile < end_tile; ++tile) {
+    if (tile < first_tile) {
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    if (tile < first_tile) {
+      state.load_queries();
+    } else {
+      load_step(tile + 1);
+    }
 
     const int j0 = tile * kKeys;
     if (own.has(tile)) {
