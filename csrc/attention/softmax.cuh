@@ -25,11 +25,9 @@ struct OnlineSoftmax {
     sum.fill(0.0f);
   }
 
-  // Takes the scores' maxima into account; rescales sum and out where a maximum moved. factor > 0.
-  template <int KEYS, int COLS>
-  __device__ __forceinline__ void update_max(const Accumulator<ROWS, KEYS>& s, Accumulator<ROWS, COLS>& out,
-                                             float factor) {
-    RowVector<ROWS> top = lane_row_max(s);
+  // Takes a tile's maxima, this lane's part, into account; rescales sum and out where a maximum moved. factor > 0.
+  template <int COLS>
+  __device__ __forceinline__ void update_max(RowVector<ROWS> top, Accumulator<ROWS, COLS>& out, float factor) {
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {

@@ -21,7 +21,7 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras) 
   // 32 rows a warp halve the reads of K and V. What does not fit 255 registers gets smaller in one of the two.
   if (head_dim <= 64 && extras) return {32, 4, 32, 16, true, 2};
   if (head_dim <= 64 && dropout) return {32, 4, 64, 32, true, 2};
-  if (head_dim <= 64) return {32, 4, 64, 64, true, 2};
+  if (head_dim <= 64) return {32, 4, 64, 16, true, 2};
   if (head_dim <= 96) return {32, 4, 32, 16, false, 2};
   if (head_dim <= 128 && dropout) return {16, 4, 64, 32, true, 2};
   if (head_dim <= 128) return {32, 4, 32, 32, false, 2};

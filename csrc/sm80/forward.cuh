@@ -70,6 +70,7 @@ struct ForwardPlan {
   TileRange own[Traits::kWarps];  // of each warp
   TileRange tiles;                // of the CTA
   const void *k, *v;              // the sequence's first row at this head
+  int key_limit;                  // keys from here on are nobody's in this CTA
 
   // Threads 0 .. kWarps each work out a part.
   __device__ void make(const AttentionParams& p, const Sequence& s, int b, int h, int row0) {
@@ -82,6 +83,7 @@ struct ForwardPlan {
       const int kv_head = h / (p.heads_q / p.heads_k);
       sequence = s;
       tiles = range;
+      key_limit = min(s.key_end, range.end * Traits::kKeys);
       k = head_of(p.k, b, s.first_k, kv_head);
       v = head_of(p.v, b, s.first_k, kv_head);
     } else {
@@ -101,12 +103,14 @@ struct ForwardWarp {
 
   using KeyReader = BlockReader<KVTile, Order::kAcross>;
   using ValueReader = BlockReader<KVTile, Order::kDown>;
-  BlockReader<QTile, Order::kDown> q_tile;
+  using QueryReader = BlockReader<QTile, Order::kDown>;
+  QueryReader q_tile;  // unless the queries stay in registers
   KeyReader k_tile;    // K of the next tile
   ValueReader v_tile;  // V of the current one
   OperandA<kWarpRows, kHeldDepth> q;
   Accumulator<kWarpRows, Traits::kKeys> s;  // scores of the current tile, block by block those of the next
   Accumulator<kWarpRows, Traits::kHeadDim> out;
+  RowVector<kWarpRows> top;  // this lane's part of the maxima of s
   OnlineSoftmax<kWarpRows> softmax;
 
   __device__ ForwardWarp(uint32_t q_address, uint32_t k_address, uint32_t v_address, int warp)
@@ -114,10 +118,11 @@ struct ForwardWarp {
     out.clear();
   }
 
-  __device__ __forceinline__ void load_queries() {
+  __device__ __forceinline__ void load_queries(uint32_t q_address, int warp) {
     if constexpr (Traits::kQueriesInRegisters) {
+      const QueryReader once(opaque(q_address), warp * kWarpRows);
 #pragma unroll
-      for (int k = 0; k < Traits::kDepth; ++k) load_operand(q, k, q_tile, k);
+      for (int k = 0; k < Traits::kDepth; ++k) load_operand(q, k, once, k);
     }
   }
 
@@ -139,6 +144,11 @@ struct ForwardWarp {
     }
   }
 
+  __device__ __forceinline__ void take_max(int b) {
+    take_lane_max(top, s, b * Traits::kBlock / 8, Traits::kBlock / 8);
+  }
+  __device__ __forceinline__ void take_max() { take_lane_max(top, s, 0, Traits::kKeys / 8); }
+
   // s = Q K^T, all of the tile.
   __device__ __forceinline__ void scores() {
 #pragma unroll
@@ -147,12 +157,14 @@ struct ForwardWarp {
 #pragma unroll
       for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
     }
+    take_max();
   }
 
   // out += softmax(s) V, and where NEXT, s = Q K^T of the next tile. i_block, j_block: the warp's first query and the
   // tile's first key in blocks of 16.
-  template <bool NEXT>
-  __device__ __forceinline__ void attend(float factor, const FragmentDropout<false>& dropout, int i_block,
+  // start_copies() runs among the matrix products, which hide its latency.
+  template <bool NEXT, class StartCopies>
+  __device__ __forceinline__ void attend(const StartCopies& start_copies, float factor, const FragmentDropout<false>& dropout, int i_block,
                                          int j_block) {
 #pragma unroll
     for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
@@ -168,10 +180,12 @@ struct ForwardWarp {
 #pragma unroll
         for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
       }
+      if (b == 0) start_copies();
 #pragma unroll
       for (int k = 0; k < Traits::kBlock / 16; ++k) {
         multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, v_tile, b * Traits::kBlock / 16 + k, 0);
       }
+      if constexpr (NEXT) take_max(b);
     }
   }
 
@@ -225,68 +239,71 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   const auto v_place = [](int tile) { return static_cast<uint32_t>((2 + (tile & 1)) * KVTile::kBytes); };
   const auto load_keys = [&](int tile) {
     TileCopy<KVTile, Traits::kThreads>(plan.k, p.k.row, p.head_dim)
-        .start_load(kv_tiles + k_place(tile), tile * kKeys, sequence.key_begin, sequence.key_end);
+        .start_load(kv_tiles + k_place(tile), tile * kKeys, sequence.key_begin, plan.key_limit);
   };
   const auto load_values = [&](int tile) {
     TileCopy<KVTile, Traits::kThreads>(plan.v, p.v.row, p.head_dim_v)
-        .start_load(kv_tiles + v_place(tile), tile * kKeys, sequence.key_begin, sequence.key_end);
+        .start_load(kv_tiles + v_place(tile), tile * kKeys, sequence.key_begin, plan.key_limit);
   };
 
   const int warp = threadIdx.x / 32, warp_row0 = row0 + warp * kWarpRows;
-  const TileRange& own = plan.own[warp];
   const ScoreExtras<T, false> extras(p, b, h);
   const FragmentDropout<false> dropout(p, b * p.heads_q + h);
   // Scores count as s * factor in log2 units; with extras they are brought there first.
   const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;
 
-  const int first_tile = plan.tiles.begin, end_tile = plan.tiles.end;
+  const int first_tile = plan.tiles.begin;
   ForwardWarp<Traits> state(q_tile, kv_tiles + k_place(first_tile), kv_tiles + v_place(first_tile - 1), warp);
   // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the latter.
-  // Each step finds its V and K in shared memory and starts the copies of the next step's.
+  // Each step finds its V and K in shared memory and starts the copies of the next step's; past the last tile these only
+  // write zeros, which costs less than a branch among the matrix products.
   const auto load_step = [&](int tile) {
-    if (tile < end_tile && tile >= first_tile) load_values(tile);
-    if (tile + 1 < end_tile) load_keys(tile + 1);
+    load_values(tile);
+    load_keys(tile + 1);
     copy_async_commit();
   };
-  if (first_tile < end_tile) {
-    load_step(first_tile - 1);
+  if (first_tile < plan.tiles.end) {
+    load_keys(first_tile);
+    copy_async_commit();
     load_step(first_tile);
   } else {  // nothing to see; Q must have landed before its tile is used for the output
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
   }
-  for (int tile = first_tile - 1; tile < end_tile; ++tile) {
-    if (tile < first_tile) {
-      copy_async_wait<1>();
+  for (int tile = first_tile - 1; tile < plan.tiles.end; ++tile) {
+    const TileRange own = plan.own[warp];
+    const int j0 = tile * kKeys;
+    const auto start_copies = [&] { load_step(tile + 1); };
+    if (tile < plan.tiles.begin) {
+      copy_async_wait<1>();  // Q and the first K; the copies of the next step are on their way already
+      __syncthreads();
+      state.load_queries(q_tile, warp);
+      if (own.has(tile + 1)) state.scores();
     } else {
       copy_async_wait<0>();
-    }
-    __syncthreads();
-    if (tile < first_tile) {
-      state.load_queries();
-    } else {
-      load_step(tile + 1);
-    }
-
-    const int j0 = tile * kKeys;
-    if (own.has(tile)) {
-      if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
-      if (j0 < own.common_begin || j0 + kKeys > own.common_end) {
-        hide_invisible<false>(state.s, p, sequence, warp_row0, j0);
-      }
-      state.softmax.update_max(state.s, state.out, factor);
-      if (own.has(tile + 1)) {
-        state.template attend<true>(factor, dropout, warp_row0 / 16, j0 / 16);
+      __syncthreads();
+      if (own.has(tile)) {
+        if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
+        const bool boundary = j0 < own.common_begin || j0 + kKeys > own.common_end;
+        if (boundary) hide_invisible<false>(state.s, p, sequence, warp_row0, j0);
+        if (Traits::kExtras || boundary) state.take_max();
+        state.softmax.update_max(state.top, state.out, factor);
+        if (own.has(tile + 1)) {
+          state.template attend<true>(start_copies, factor, dropout, warp_row0 / 16, j0 / 16);
+        } else {
+          state.template attend<false>(start_copies, factor, dropout, warp_row0 / 16, j0 / 16);
+        }
       } else {
-        state.template attend<false>(factor, dropout, warp_row0 / 16, j0 / 16);
+        start_copies();
+        if (own.has(tile + 1)) state.scores();
       }
-    } else if (own.has(tile + 1)) {
-      state.scores();
     }
     state.k_tile.advance(static_cast<int>(k_place(tile)) - static_cast<int>(k_place(tile + 1)));
     state.v_tile.advance(static_cast<int>(v_place(tile + 1)) - static_cast<int>(v_place(tile)));
   }
+
+  copy_async_wait<0>();
 
   // out / sum, rounded, through this warp's rows of Q's tile; lse.
   const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[h] * kLog2E : -CUDART_INF_F;

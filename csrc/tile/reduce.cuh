@@ -16,19 +16,18 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// This lane's part alone; quad_max of each value completes it.
+// max takes in this lane's part of columns [8 first_n, 8 (first_n + count)); quad_max of each value completes it.
 template <int ROWS, int COLS>
-__device__ __forceinline__ RowVector<ROWS> lane_row_max(const Accumulator<ROWS, COLS>& s) {
-  RowVector<ROWS> max;
+__device__ __forceinline__ void take_lane_max(RowVector<ROWS>& max, const Accumulator<ROWS, COLS>& s, int first_n,
+                                              int count) {
 #pragma unroll
   for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
-    max.v[i] = s.x[i / 2][0][2 * (i % 2)];
+    if (first_n == 0) max.v[i] = s.x[i / 2][0][2 * (i % 2)];
 #pragma unroll
-    for (int n = 0; n < COLS / 8; ++n) {
+    for (int n = first_n; n < first_n + count; ++n) {
       max.v[i] = fmaxf(max.v[i], fmaxf(s.x[i / 2][n][2 * (i % 2)], s.x[i / 2][n][2 * (i % 2) + 1]));
     }
   }
-  return max;
 }
 
 template <int ROWS, int COLS>
