@@ -161,7 +161,8 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     one_row = query.shape[0] == 1 and query.shape[2] > 1
     cross = behaviour.is_cross(module)
     if cu_q is not None or cu_k is not None or (seq_idx is not None and one_row):
-        if cross or not isinstance(visible, Visibility) or not visible.unpadded:
+        # Transformers may have read this packing out of position_ids already (visible.ids); cu_seq_lens repeats it
+        if cross or not isinstance(visible, Visibility) or not (visible.key_range is None and visible.mask is None):
             what = "cross-attention" if cross else "an attention_mask that hides keys"
             raise ValueError(
                 f"hf_flash [PACKED]: {type(module).__name__} got packed sequences (cu_seq_lens_q, cu_seq_lens_k or "
