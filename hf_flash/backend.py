@@ -15,8 +15,13 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+try:
+    from transformers.utils.output_capturing import _active_collector as _COLLECTOR
+except ImportError:  # transformers 5.0
+    _COLLECTOR = None
+
 from . import attention, registry, report, support
-from .fallback import Options, fall_back, options_of
+from .fallback import Options, fall_back, options_of, precision
 from .packing import Visibility, key_ranges, packing_from_cu_seqlens, packing_from_ids
 from .support import Unsupported
 
@@ -193,19 +198,12 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     return visible.packed_by(position_ids) if query.shape[2] == key.shape[2] else visible
 
 
-def _precision(query, key, value, options: Options):
-    """q, k and v in the dtype to attend in: autocast's, or the one that patch_model's fp32 argument names."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        narrow = [t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (query, key, value)]
-        return *narrow, narrow[0].dtype
-    if options.fp32 in ("bfloat16", "float16") and query.dtype == torch.float32:
-        reason = support.device_reason(device, query.device.index, query.dtype)
-        if reason is not None and reason[0] == "FP32":
-            dtype = getattr(torch, options.fp32)
-            return query.to(dtype), key.to(dtype), value.to(dtype), query.dtype
-    return query, key, value, query.dtype
+def collects_attentions() -> bool:
+    """Whether the model's outputs will hold attention weights; some modules keep output_attentions to themselves."""
+    if _COLLECTOR is None or torch.compiler.is_compiling():
+        return False
+    collected = _COLLECTOR.get()
+    return collected is not None and any("attention" in key for key in collected)
 
 
 def _refusal(behaviour, module, options: Options, output_attentions, cache, others) -> Unsupported | None:
@@ -216,10 +214,13 @@ def _refusal(behaviour, module, options: Options, output_attentions, cache, othe
         return Unsupported("EXCLUDED", "patch_model was told to leave this module out")
     if behaviour is None:
         return registry.class_reason(type(module))
-    if output_attentions:
+    if output_attentions or collects_attentions():
         return Unsupported(
             "OUTPUT_ATTENTIONS", "the weights asked for by output_attentions=True are never stored by a fused kernel"
         )
+    refused = None if behaviour.refuse is None else behaviour.refuse(module)
+    if refused is not None:
+        return refused
     if cache is not None:
         return Unsupported(
             "PAGED_CACHE", "continuous batching's paged cache is not supported; use attn_implementation='sdpa' there"
@@ -272,7 +273,7 @@ def attention_forward(
         if position_bias is not None and behaviour.no_bias(module):
             position_bias = None
     reason = _refusal(behaviour, module, options, output_attentions, cache, others)
-    q, k, v, out_dtype = _precision(query, key, value, options)
+    q, k, v, out_dtype = precision(query, key, value, options)
     if reason is None:
         call = {
             "scale": scaling, "softcap": softcap or 0.0, "dropout_p": dropout,
@@ -298,7 +299,7 @@ def attention_forward(
         report.count_served(module)
         out = out.unflatten(0, (query.shape[0], -1)) if packed else out
         return out if out.dtype == out_dtype else out.to(out_dtype), None
-    if reason.code == "ARGUMENT":
+    if reason.code == "ARGUMENT" or (reason.code == "FP32" and options.fp32 == "error"):
         raise reason.exception()
     report.note_fallback(module, reason, options.on_fallback)
     others |= {
@@ -319,10 +320,9 @@ def _answer_lazy_imports(original):
     def _lazy_imports(implementation, *args, **kwargs):
         if implementation != NAME:
             return original(implementation, *args, **kwargs)
-        func = getattr(attention, "flash_attn_func", attention.flash_attention)
-        varlen = getattr(attention, "flash_attn_varlen_func", attention.flash_attention)
+        functions = (attention.flash_attn_func, attention.flash_attn_varlen_func)
         pad = (flash_utils._pad_input, flash_utils._unpad_input)
-        return (func, varlen, None, *pad) if newer else (func, varlen, *pad)
+        return (*functions, None, *pad) if newer else (*functions, *pad)
 
     return _lazy_imports
 

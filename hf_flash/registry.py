@@ -31,17 +31,18 @@ def through_interface(cls: type) -> bool:
 class Behaviour:
     """How one kind of attention module behaves; an instance stands in each file of ``patches/``.
 
-    name: for reports. relative_bias: whether ``position_bias`` depends on the distance of query and key alone, so
-    that a packed batch can use its corner. is_cross: whether a module's keys come from another sequence than its
-    queries. no_bias: whether a module's ``position_bias`` is known to be all zeros. replacement: for classes that do
-    not go through Transformers' attention interface: a mixin whose forward does; ``patch_model`` swaps it in
-    (``swapped_class``).
+    name: for reports. is_cross: whether a module's keys come from another sequence than its queries. no_bias: whether
+    a module's ``position_bias`` is known to be all zeros. relative_bias: whether it depends on the distance of query
+    and key alone, so that a packed batch can use its corner. refuse: why a module of this kind cannot be served, or
+    None. replacement: for classes that do not go through Transformers' attention interface: a mixin whose forward
+    does; ``patch_model`` swaps it in (``swapped_class``).
     """
 
     name: str
     is_cross: Callable[[nn.Module], bool] = _never
     no_bias: Callable[[nn.Module], bool] = _never
     replacement: type | None = None
+    refuse: Callable[[nn.Module], Unsupported | None] | None = None
     relative_bias: bool = False
 
 

@@ -41,6 +41,11 @@ def _announce(module, args, kwargs, window):
     given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return None  # the model itself will complain
+    if given.get("output_attentions"):  # an argument of its own is not handed on; newer releases collect by hooks
+        raise ValueError(
+            f"hf_flash [OUTPUT_ATTENTIONS]: {type(module).__name__} of this Transformers release does not tell its "
+            "attention about output_attentions=True; unpatch the model for that call, or use a newer release"
+        )
     visible = _packed(module, given, window)
     if visible is None:
         return None
@@ -62,5 +67,22 @@ def announce_to_decoder(module, args, kwargs):
     return _announce(module, args, kwargs, (-1, 0))
 
 
+def refuse_packing(module, args, kwargs):
+    """Forward pre-hook of T5's stacks: releases before the attention interface swallow cu_seq_lens keywords."""
+    told = any(kwargs.get(name) is not None for name in KEYWORDS)
+    if told and module.config._attn_implementation == "hf_flash" and not _hands_on(module):
+        raise ValueError(
+            f"hf_flash [PACKED]: {type(module).__name__} of this Transformers release does not hand cu_seq_lens "
+            "keywords on to its attention; pass padded batches, or use a newer release"
+        )
+
+
+def _hands_on(stack) -> bool:
+    attention = next(type(m) for m in stack.modules() if type(m).__name__ == "T5Attention")
+    original = [cls for cls in attention.__mro__ if cls.__name__ == "T5Attention"][-1]  # under a swapped subclass
+    return "ALL_ATTENTION_FUNCTIONS" in original.__dict__["forward"].__code__.co_names
+
+
+register_model(ModelRule(prepare=refuse_packing), "t5.T5Stack")
 register_model(ModelRule(prepare=announce_to_encoder), "distilbert.DistilBertModel")
 register_model(ModelRule(prepare=announce_to_decoder), "gpt2.GPT2Model")  # transformers 5.0 hands nothing on

@@ -42,7 +42,6 @@ class T5Forward:
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None,
         query_length=None, use_cache=False, output_attentions=False, cache_position=None,
     ):  # fmt: skip
-        self._attends_over_encoder = key_value_states is not None
         seqlen = hidden_states.shape[1]
         query = self._heads(hidden_states, self.q)
         keys, values = self._keys_and_values(hidden_states, key_value_states, past_key_values, cache_position)
@@ -51,10 +50,14 @@ class T5Forward:
             position_bias = self.compute_bias(
                 length, keys.shape[2], device=query.device, cache_position=cache_position
             )[:, :, -seqlen:]
-        out, weights = AttentionInterface._global_mapping["hf_flash"](
-            self, query, keys, values, mask, dropout=self.dropout if self.training else 0.0, scaling=1.0,
-            position_bias=position_bias, output_attentions=output_attentions,
-        )  # fmt: skip
+        self._attends_over_encoder = key_value_states is not None
+        try:
+            out, weights = AttentionInterface._global_mapping["hf_flash"](
+                self, query, keys, values, mask, dropout=self.dropout if self.training else 0.0, scaling=1.0,
+                position_bias=position_bias, output_attentions=output_attentions,
+            )  # fmt: skip
+        finally:
+            del self._attends_over_encoder
         out = self.o(out.reshape(*hidden_states.shape[:2], self.inner_dim))
         return (out, position_bias, weights) if output_attentions else (out, position_bias)
 

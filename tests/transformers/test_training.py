@@ -1,0 +1,120 @@
+"""What training adds: dropout, gradient checkpointing, padding-free encoders, torch.compile."""
+
+import copy
+
+import pytest
+import torch
+
+import hf_flash
+
+MODELS = ["albert", "bart", "bert", "distilbert", "gpt2", "llama", "t5"]
+ENCODERS = ["albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODELS[1:])  # ALBERT knows no checkpointing
+def test_gradient_checkpointing_replays_dropout(tiny, name, reentrant):
+    """Both modes give the gradients of a step without checkpointing, attention dropout included."""
+    model = tiny.twin(tiny.make(name, **{tiny.models[name].attention_dropout: 0.3})).train()
+    inputs = tiny.batch(name) | ({} if tiny.models[name].kind == "encoder" else {"use_cache": False})
+    torch.manual_seed(0)
+    want = tiny.step(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    torch.manual_seed(0)
+    got = tiny.step(model, inputs)
+    assert torch.equal(want[0], got[0])
+    for parameter, grad in want[2].items():
+        assert (grad - got[2][parameter]).abs().max() <= 1e-5 * max(1, grad.abs().max()), parameter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_follows_the_seed_and_the_mode(tiny, name):
+    model = tiny.twin(tiny.make(name, **{tiny.models[name].attention_dropout: 0.3}))
+    plain = tiny.twin(tiny.make(name))
+    inputs = tiny.batch(name)
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)  # eval: no dropout
+    model.train()
+    torch.manual_seed(1)
+    first = tiny.step(model, inputs)
+    torch.manual_seed(1)
+    second = tiny.step(model, inputs)
+    torch.manual_seed(2)
+    third = tiny.step(model, inputs)
+    assert torch.equal(first[0], second[0]) and all(torch.equal(first[2][n], second[2][n]) for n in first[2])
+    assert not torch.equal(first[0], third[0])
+
+
+def test_dropout_keeps_the_mean(tiny):
+    """The mean of many draws of one attention module's output is its output without dropout."""
+    module = tiny.twin(tiny.make("bert", attention_probs_dropout_prob=0.3)).bert.encoder.layer[0].attention.self
+    states = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = module.eval()(states)[0]
+        module.train()
+        torch.manual_seed(0)
+        draws = torch.stack([module(states)[0] for _ in range(600)])
+    assert (draws[0] - want).abs().max() > 0.01
+    standard_error = draws.std(0) / 600**0.5
+    assert ((draws.mean(0) - want).abs() <= 5 * standard_error + 0.005 * want.abs().max()).all()
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_free(tiny, name, padding):
+    """Logits and gradients stay; the stack of layers sees the real tokens alone."""
+    eager = tiny.make(name)
+    model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=True, on_fallback="error", on_unsupported="error")
+    shapes = set()
+    for child, module in model.named_modules():
+        if child.endswith(("query", "q_lin")):
+            module.register_forward_hook(lambda m, args, out: shapes.add(tuple(args[0].shape[:2])))
+    inputs = tiny.batch(name, padding)
+    tiny.assert_same_step(eager, model, inputs, tolerance=1e-6 if padding == "none" else 5e-6)
+    tokens = 39 if padding == "none" else int(inputs["attention_mask"].sum())
+    assert shapes == ({(3, 13)} if padding == "none" else {(1, tokens)})
+    assert hf_flash.explain(model).share == 1.0
+
+
+@pytest.mark.parametrize("name", ["albert", "bert", "distilbert"])
+def test_padding_free_steps_aside(tiny, name, monkeypatch):
+    """Each layer's states asked for, or no kernel: the padded way, with the same results."""
+    eager = tiny.make(name)
+    model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=True)
+    inputs = tiny.batch(name)
+    valid = inputs["attention_mask"].bool()
+    want = eager(**inputs, output_hidden_states=True)
+    got = model(**inputs, output_hidden_states=True)
+    for a, b in zip(want.hidden_states, got.hidden_states, strict=True):
+        assert a.shape == b.shape and (a - b)[valid].abs().max() < 1e-4
+    monkeypatch.setattr("hf_flash.support.device_reason", lambda *a: ("NO_KERNEL", "none in this test"))
+    assert (model(**inputs).logits - want.logits)[valid].abs().max() < 1e-4
+
+
+def test_padding_free_with_checkpointing(tiny):
+    eager = tiny.make("bert").train()
+    model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    tiny.assert_same_step(eager, model, tiny.batch("bert"))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_fullgraph_compile(tiny, name, padding):
+    eager = tiny.make(name)
+    model = tiny.twin(eager)
+    inputs = {k: v for k, v in tiny.batch(name, padding).items() if k != "labels"}
+    if name == "gpt2":
+        inputs["use_cache"] = False
+    valid = tiny.batch(name, padding)["labels"] != -100
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    want, got = eager(**inputs).logits[valid], compiled(**inputs).logits[valid]
+    assert (want - got).abs().max() <= 2e-5 * want.abs().max()
+    want.square().sum().backward()
+    got.square().sum().backward()
+    for (parameter, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        if p.grad is not None:
+            assert (p.grad - q.grad).abs().max() <= 2e-4 * max(1, p.grad.abs().max()), parameter
+    assert "compiled" in str(hf_flash.explain(model))
