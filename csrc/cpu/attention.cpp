@@ -60,7 +60,7 @@ void forward(const AttentionParams& params, ParallelFor parallel_for) {
 int64_t backward_workspace(const AttentionParams&) { return 0; }
 
 void row_sum(const AttentionParams& params, ParallelFor parallel_for) {
-  kernels().row_sum(params, row_blocks(params, Side::kQueries, kRowSumRows), parallel_for);
+  kernels().row_sum(params, row_blocks(params, Side::kQueries, kTile), parallel_for);
 }
 
 void backward(const AttentionParams& params, ParallelFor parallel_for) {

@@ -66,6 +66,20 @@ void add_dbias(const Scores& dbias, const T* dscores, const TilePlace& t) {
     if (dbias.col == 0) *to += total;
     return;
   }
+  if (dbias.col == 1) {
+    // Read by keys and visited by queries: a vector holds one query's neighbouring keys.
+    for_each_column<T>(
+        t.keys, t.queries, [=](int j, int i) { return dscores[j * kTile + i]; },
+        [=](int i, int j, Vector<T> x) {
+          T* row = to + i * dbias.row;
+          if (j >= t.keys.begin && j + kLanes<T> <= t.keys.end)
+            store<T>(row + j, load(row + j) + x);
+          else
+            for (int c = j < t.keys.begin ? t.keys.begin : j; c < j + kLanes<T> && c < t.keys.end; ++c)
+              row[c] += x[c - j];
+        });
+    return;
+  }
   for (int i = t.queries.begin; i < t.queries.end; ++i) {
     T* row = to + i * dbias.row;
     T sum = 0;
@@ -289,7 +303,7 @@ void clear_gradients(const AttentionParams& p) {
 template <class Element>
 void backward(const AttentionParams& p, const BackwardPlan& plan, ParallelFor parallel_for) {
   clear_gradients<Element>(p);
-  if (p.dsink != nullptr) sink_gradient<ComputeType<Element>>(p, parallel_for);
+  if (p.dsink != nullptr) sink_gradient<Element>(p, parallel_for);
   for (const BackwardPass& pass : plan) run_backward_tasks<Element>(p, pass, parallel_for);
 }
 

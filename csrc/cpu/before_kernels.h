@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/dropout.h"
@@ -15,3 +16,7 @@
 #include "cpu/parallel.h"
 #include "cpu/schedule.h"
 #include "params.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif

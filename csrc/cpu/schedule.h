@@ -11,9 +11,8 @@
 
 namespace hf_flash::cpu {
 
-constexpr int kTile = 64;         // queries and keys of a score tile
-constexpr int kMostTiles = 4;     // tiles of queries that share one loading of the keys
-constexpr int kRowSumRows = 256;  // rows of a row-sum task
+constexpr int kTile = 64;      // queries and keys of a score tile
+constexpr int kMostTiles = 4;  // tiles of queries that share one loading of the keys
 
 struct Range {
   int begin;

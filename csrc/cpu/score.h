@@ -46,26 +46,38 @@ void add_bias(T* __restrict added, const Scores& bias, const TilePlace& t) {
     }
     return;
   }
-  for (int i = t.queries.begin; i < t.queries.end; ++i) {
-    const Element* __restrict row = from + (int64_t{t.row0} + i) * bias.row + int64_t{t.col0} * bias.col;
-    for (int j = t.keys.begin; j < t.keys.end; ++j) added[j * kTile + i] += to_compute(row[j * bias.col]);
-  }
+  from += t.row0 * bias.row + t.col0 * bias.col;
+  const auto add = [=](int j, int i, Vector<T> x) { store<T>(added + j * kTile + i, load(added + j * kTile + i) + x); };
+  if (bias.col == 1)  // known to the compiler, the reads become whole vectors
+    for_each_column<T>(t.queries, t.keys, [=](int i, int j) { return T(to_compute(from[i * bias.row + j])); }, add);
+  else
+    for_each_column<T>(
+        t.queries, t.keys, [=](int i, int j) { return T(to_compute(from[i * bias.row + j * bias.col])); }, add);
 }
 
 // Returns whether the mask leaves anything to see.
 template <class T>
 bool add_mask(T* __restrict added, const Scores& mask, const TilePlace& t) {
-  const uint8_t* from = static_cast<const uint8_t*>(mask.data) + t.batch * mask.batch + t.head * mask.head;
-  bool visible = false;
-  for (int i = t.queries.begin; i < t.queries.end; ++i) {
-    const uint8_t* __restrict row = from + (int64_t{t.row0} + i) * mask.row + int64_t{t.col0} * mask.col;
-    for (int j = t.keys.begin; j < t.keys.end; ++j) {
-      const bool sees = row[j * mask.col] != 0;
-      visible |= sees;
-      added[j * kTile + i] = sees ? added[j * kTile + i] : T(-kInfinity);
-    }
+  const uint8_t* from = static_cast<const uint8_t*>(mask.data) + t.batch * mask.batch + t.head * mask.head +
+                        t.row0 * mask.row + t.col0 * mask.col;
+  Vector<T> visible = {};
+  const auto hide = [=, &visible](int j, int i, Vector<T> sees) {
+    T* to = added + j * kTile + i;
+    visible = max<T>(visible, sees);
+    store<T>(to, sees == T(0) ? splat<T>(-kInfinity) : load(to));
+  };
+  if (mask.row == 0) {
+    for (int j = t.keys.begin; j < t.keys.end; ++j)
+      for (int i = 0; i < kTile; i += kLanes<T>) hide(j, i, splat<T>(from[j * mask.col] != 0));
+  } else if (mask.col == 1) {
+    for_each_column<T>(t.queries, t.keys, [=](int i, int j) { return T(from[i * mask.row + j] != 0); }, hide);
+  } else {
+    for_each_column<T>(
+        t.queries, t.keys, [=](int i, int j) { return T(from[i * mask.row + j * mask.col] != 0); }, hide);
   }
-  return visible;
+  T any = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) any += visible[lane];
+  return any != T(0);
 }
 
 template <class T>
@@ -122,34 +134,48 @@ void apply_added(T* scores, const T* added, Range keys) {
   }
 }
 
-// factor[key][query] = 256 / keep where dropout keeps the element, 0 where it drops it. One Philox call serves 16
-// elements of a 16 x 16 block (attention/dropout.h): 16 calls fill a block.
+// The 16 Philox calls that fill a 16 x 16 block (attention/dropout.h). words[y][8 b + 2 a + x] is call 4 b + a's word
+// 2 x + y, for the rows j with j % 2 = y; x = i % 2.
+HF_FLASH_INLINE void draw_block(uint32_t (&words)[2][32], uint64_t seed, uint64_t block_i, uint64_t block_j,
+                                uint64_t plane) {
+  constexpr int kCalls = kLanes<double>;  // at once: each call's counter words stand in low halves of 64 bits
+  for (int first = 0; first < 16; first += kCalls) {
+    WideVector c0 = {}, c1 = WideVector{} + block_i, c2 = WideVector{} + block_j, c3 = WideVector{} + plane;
+    for (int lane = 0; lane < kCalls; ++lane) c0[lane] = 4 * ((first + lane) % 4) + (first + lane) / 4;
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round) {
+      const WideVector product0 = multiply_low_halves(c0, 0xD2511F53u), product1 = multiply_low_halves(c2, 0xCD9E8D57u);
+      c0 = (product1 >> 32) ^ c1 ^ key0;
+      c1 = product1;
+      c2 = (product0 >> 32) ^ c3 ^ key1;
+      c3 = product0;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+    const WideVector low = WideVector{} + 0xFFFFFFFFu;
+    const WideVector rows[2] = {(c0 & low) | (c2 << 32), (c1 & low) | (c3 << 32)};
+    for (int y = 0; y < 2; ++y) std::memcpy(words[y] + 2 * first, &rows[y], sizeof rows[y]);
+  }
+}
+
+// factor[key][query] = 256 / keep where dropout keeps the element, 0 where it drops it.
 template <class T>
 void fill_dropout(T* __restrict factor, const AttentionParams& p, const TilePlace& t) {
   const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
   const uint32_t plane = static_cast<uint32_t>(t.batch) * static_cast<uint32_t>(p.heads_q) + t.head;
-  const T kept = T(256) / T(p.dropout_keep);
+  const int32_t keep = p.dropout_keep;
+  const T kept = T(256) / T(keep);
   for (int j0 = round_down(t.keys.begin, 16); j0 < t.keys.end; j0 += 16) {
     for (int i0 = round_down(t.queries.begin, 16); i0 < t.queries.end; i0 += 16) {
-      uint32_t word[4][16];  // lane 4 b + a of the calls
-      for (uint32_t lane = 0; lane < 16; ++lane) {
-        const Philox4 w =
-            philox_7(seed, 4 * (lane % 4) + lane / 4, uint32_t(t.row0 + i0) / 16, uint32_t(t.col0 + j0) / 16, plane);
-        for (int x = 0; x < 4; ++x) word[x][lane] = w.word[x];
-      }
-      uint32_t pair[2][32];  // [j % 2][8 b + i % 8]
-      for (int y = 0; y < 2; ++y)
-        for (int lane = 0; lane < 16; ++lane) {
-          pair[y][2 * lane] = word[y][lane];
-          pair[y][2 * lane + 1] = word[2 + y][lane];
-        }
+      uint32_t words[2][32];
+      draw_block(words, seed, uint32_t(t.row0 + i0) / 16, uint32_t(t.col0 + j0) / 16, plane);
       for (int j = 0; j < 16; ++j) {
-        const uint32_t* words = &pair[j % 2][8 * ((j % 8) / 2)];
+        const uint32_t* row = words[j % 2] + 8 * ((j % 8) / 2);
+        const int shift = 8 * (j / 8);
         T* to = factor + (j0 + j) * kTile + i0;
-        for (int i = 0; i < 16; ++i) {
-          const uint32_t byte = (words[i % 8] >> (16 * (i / 8) + 8 * (j / 8))) & 0xFF;
-          to[i] = static_cast<int32_t>(byte) < p.dropout_keep ? kept : T(0);
-        }
+        for (int i = 0; i < 8; ++i) to[i] = int32_t((row[i] >> shift) & 0xFF) < keep ? kept : T(0);
+        for (int i = 0; i < 8; ++i) to[8 + i] = int32_t((row[i] >> (shift + 16)) & 0xFF) < keep ? kept : T(0);
       }
     }
   }

@@ -34,14 +34,41 @@ void load_rows(T* __restrict tile, int width, const Element* __restrict rows, in
   }
 }
 
-// tile[d][i] = scale * rows[i][d] for i in range.
+// Visits the columns of a matrix that is read by rows: read(i, j) is one element, write(j, i, x) gets a vector of
+// column j, rows i and on; what lies outside `rows` is zero there.
+template <class T, class Read, class Write>
+HF_FLASH_INLINE void for_each_column(Range rows, Range columns, const Read& read, const Write& write) {
+  constexpr int kSide = kLanes<T>;
+  for (int i0 = round_down(rows.begin, kSide); i0 < rows.end; i0 += kSide) {
+    for (int j0 = round_down(columns.begin, kSide); j0 < columns.end; j0 += kSide) {
+      const Range inside = intersect({j0, j0 + kSide}, columns);
+      Vector<T> square[kSide];
+#pragma GCC unroll 16
+      for (int r = 0; r < kSide; ++r) {
+        T row[kSide] __attribute__((aligned(64))) = {};
+        if (i0 + r < rows.begin || i0 + r >= rows.end) {
+        } else if (inside.end - inside.begin == kSide) {
+          for (int c = 0; c < kSide; ++c) row[c] = read(i0 + r, j0 + c);
+        } else {
+          for (int j = inside.begin; j < inside.end; ++j) row[j - j0] = read(i0 + r, j);
+        }
+        square[r] = load<T>(row);
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int c = 0; c < kSide; ++c)
+        if (j0 + c >= inside.begin && j0 + c < inside.end) write(j0 + c, i0, square[c]);
+    }
+  }
+}
+
+// tile[d][i] = scale * rows[i][d] for i in range, 0 beside it.
 template <class Element, class T>
 void load_transposed(T* __restrict tile, const Element* __restrict rows, int64_t stride, Range range, int dim,
                      T scale) {
-  for (int i = range.begin; i < range.end; ++i) {
-    const Element* __restrict from = rows + i * stride;
-    for (int d = 0; d < dim; ++d) tile[int64_t{d} * kTile + i] = to_compute(from[d]) * scale;
-  }
+  for_each_column<T>(
+      range, {0, dim}, [=](int i, int d) { return to_compute(rows[i * stride + d]); },
+      [=](int d, int i, Vector<T> x) { store<T>(tile + d * kTile + i, x * scale); });
 }
 
 // rows[i][d] = tile[i][d] for i in range.

@@ -53,6 +53,47 @@ HF_FLASH_INLINE Vector<T> max(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
+// The transpose of a square of vectors: blocks of 1, 2, 4, ... lanes change places between rows that far apart.
+template <class T, int kBlock, int... kLane>
+HF_FLASH_INLINE void exchange_blocks(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const Vector<T> first = a, second = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(first, second, (kLane & kBlock ? kCount + kLane - kBlock : kLane)...);
+  b = __builtin_shufflevector(first, second, (kLane & kBlock ? kCount + kLane : kLane + kBlock)...);
+#else
+  a = __builtin_shuffle(first, second, IntVector<T>{(kLane & kBlock ? kCount + kLane - kBlock : kLane)...});
+  b = __builtin_shuffle(first, second, IntVector<T>{(kLane & kBlock ? kCount + kLane : kLane + kBlock)...});
+#endif
+}
+
+template <class T, int kBlock = 1>
+HF_FLASH_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBlock < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes<T>; ++r)
+      if ((r & kBlock) == 0)
+        exchange_blocks<T, kBlock>(rows[r], rows[r + kBlock], std::make_integer_sequence<int, kLanes<T>>{});
+    transpose<T, 2 * kBlock>(rows);
+  }
+}
+
+// Products of the low 32 bits of each 64-bit lane. Compilers do not see that one instruction does this.
+typedef uint64_t WideVector __attribute__((vector_size(HF_FLASH_CPU_VECTOR_BYTES)));
+
+HF_FLASH_INLINE WideVector multiply_low_halves(WideVector a, uint32_t b) {
+  const WideVector other = WideVector{} + b;
+#if defined(__x86_64__) && HF_FLASH_CPU_VECTOR_BYTES == 64
+  return (WideVector)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)other);  // gcc 12 warns about the unmasked one
+#elif defined(__x86_64__) && HF_FLASH_CPU_VECTOR_BYTES == 32
+  return (WideVector)_mm256_mul_epu32((__m256i)a, (__m256i)other);
+#elif defined(__x86_64__)
+  return (WideVector)_mm_mul_epu32((__m128i)a, (__m128i)other);
+#else
+  return (a & 0xFFFFFFFFu) * other;
+#endif
+}
+
 constexpr float kInfinity = __builtin_inff();
 
 // exp(r) = 1 + r + r^2 polynomial(r) for |r| <= log(2) / 2: Chebyshev interpolation of (exp(r) - 1 - r) / r^2, with
