@@ -24,7 +24,7 @@ HOST = "-std=c++17 -fPIC -fvisibility=hidden -Wall"
 CPU = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -DHF_FLASH_CPU"
 NVCC = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 # mma.sync kernels: machine code for Ampere and Hopper, PTX for what comes later. Hopper's own kernels need sm_90a.
-GENCODE = "-gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_80,code=sm_90"
+GENCODE = "-gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90,code=sm_90"
 GENCODE_SM90 = "-gencode arch=compute_90a,code=sm_90a"
 PYPI_NVCC = ["nvidia-cuda-nvcc>=13", "nvidia-cuda-runtime>=13", "nvidia-cuda-cccl>=13"]
 

@@ -1,11 +1,10 @@
 // Run-time values to compile-time constants: architecture, dtype, head dimension and variant.
-#include "dispatch.h"
-
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "dispatch.h"
 #include "instructions/element.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
@@ -78,11 +77,7 @@ struct Forward {
   cudaStream_t stream;
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
-#if __has_include("sm80/forward.cuh")
     sm80::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
-#else
-    throw std::runtime_error("hf_flash: this build has no forward kernel for the GPU");
-#endif
   }
 };
 
@@ -91,11 +86,7 @@ struct Backward {
   cudaStream_t stream;
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
-#if __has_include("sm80/backward.cuh")
     sm80::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
-#else
-    throw std::runtime_error("hf_flash: this build has no backward kernel for the GPU");
-#endif
   }
 };
 
@@ -107,7 +98,7 @@ void forward(const AttentionParams& p, void* stream) {
   with_instance(p, Forward{p, native(stream)});
 }
 
-int64_t backward_workspace(const AttentionParams& p) { return DqAccumulator::bytes(p, head_dim_of(p)); }
+int64_t backward_workspace(const AttentionParams& p) { return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p); }
 
 void backward(const AttentionParams& p, void* stream) {
   check_architecture();

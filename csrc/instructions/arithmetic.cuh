@@ -58,4 +58,26 @@ __device__ __forceinline__ void add_global(float* address, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(x) : "memory");
 }
 
+// A counter that orders what CTAs do to global memory: what was done before add_release is seen after load_acquire.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(address)) : "memory");
+  return x;
+}
+__device__ __forceinline__ void add_release(int32_t* address, int32_t x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(x) : "memory");
+}
+
+// Four neighbouring floats at a 16-byte aligned address at once.
+__device__ __forceinline__ void add_global_4(float* address, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(address)), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) add_global(address + e, x[e]);
+#endif
+}
+
 }  // namespace hf_flash

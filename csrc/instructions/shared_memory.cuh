@@ -24,6 +24,28 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&x)[4], uint32_
                : "memory");
 }
 
+// A barrier of some of the CTA's warps: id 1 .. 15, the number of threads that meet.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Stores what ldmatrix_x4 of the same addresses would load. Before sm_90 a lane stores its pairs one by one: lanes 4 g
+// .. 4 g + 3 hold row g of a matrix, and shuffles bring that row's address.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const uint32_t row = __shfl_sync(0xFFFFFFFFu, address, 8 * m + lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + 4 * (lane % 4)), "r"(x[m]) : "memory");
+  }
+#endif
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

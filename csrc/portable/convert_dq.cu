@@ -25,35 +25,36 @@ __device__ void transpose_quad(uint32_t (&x)[4], int t) {
 }
 
 // A warp converts 16 rows and 32 columns at a time: four coalesced loads, two 16-byte stores a lane.
-template <class Element>
+template <class T>
 __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionParams p, const DqAccumulator accumulator,
-                                                              const int32_t row_blocks) {
+                                                              const float scale, const int32_t row_blocks) {
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
   const int32_t b = blockIdx.x / p.heads_q / row_blocks;
   const Sequence sequence(p, b);
   const int32_t lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
   const int32_t column_groups = accumulator.columns / 32;
-  Element* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head;
-  const float scale = static_cast<float>(p.scale);
+  T* dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + head * p.dq.head;
 
   for (int32_t item = threadIdx.x / 32; item < kRows / 16 * column_groups; item += kThreads / 32) {
     const int32_t row = block * kRows + item / column_groups * 16;
     const int32_t column = item % column_groups * 32;
     if (row >= sequence.len_q) return;
-    const float* from = accumulator.rows(sequence, b, head, row) + DqAccumulator::fragment(column / 8, lane);
+    const float* from = accumulator.rows(sequence, b, head, row);
     uint32_t upper[4], lower[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const float4 x = *reinterpret_cast<const float4*>(from + n * 128);
-      upper[n] = pack<Element>(x.x * scale, x.y * scale);
-      lower[n] = pack<Element>(x.z * scale, x.w * scale);
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = scale * from[DqAccumulator::element(column / 8 + n, lane, e)];
+      upper[n] = pack<T>(x[0], x[1]);
+      lower[n] = pack<T>(x[2], x[3]);
     }
     transpose_quad(upper, t);
     transpose_quad(lower, t);
     const int32_t d = column + 8 * t;
     if (d >= p.head_dim) continue;
-    const auto store = [&](int32_t i, const uint32_t(&x)[4]) {
+    const auto store = [&](int32_t i, const uint32_t (&x)[4]) {
       if (i >= sequence.len_q) return;
       const uint4 value = sequence.computes(i) ? uint4{x[0], x[1], x[2], x[3]} : uint4{0, 0, 0, 0};
       *reinterpret_cast<uint4*>(dq + (sequence.first_q + i) * p.dq.row + d) = value;
@@ -65,15 +66,15 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
 
 }  // namespace
 
-void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream) {
+void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, float scale, cudaStream_t stream) {
   const int32_t row_blocks = (p.seqlen_q + kRows - 1) / kRows;
   const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
   if (blocks == 0) return;
   const auto grid = static_cast<uint32_t>(blocks);
   if (p.dtype == DType::kFloat16)
-    convert_dq_kernel<__half><<<grid, kThreads, 0, stream>>>(p, accumulator, row_blocks);
+    convert_dq_kernel<__half><<<grid, kThreads, 0, stream>>>(p, accumulator, scale, row_blocks);
   else
-    convert_dq_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p, accumulator, row_blocks);
+    convert_dq_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p, accumulator, scale, row_blocks);
   check_launch("convert_dq");
 }
 

@@ -1,6 +1,6 @@
-// Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 rows and head_dim columns, in the order
-// of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a packed
-// batch starts a tile of its own.
+// Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 rows and head_dim columns, in the
+// order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
+// packed batch starts a tile of its own. Behind the tiles stand the turns of the deterministic mode.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,10 @@ namespace hf_flash {
 
 struct DqAccumulator {
   static constexpr int kTileRows = 64;
+  static constexpr int kTurns = 2;  // counters a tile: one for each 32 rows, the shortest query tile of a kernel
 
-  float* data = nullptr;     // tiles(p) tiles of kTileRows * columns
+  float* data = nullptr;     // tiles of kTileRows * columns
+  int32_t* turns = nullptr;  // kTurns for each tile; null unless deterministic
   int64_t batch_tiles = 0;   // tiles from one sequence to the next; 0 when packed
   int64_t head_tiles = 0;    // tiles from one query head to the next
   int32_t columns = 0;       // head_dim rounded up to what the kernel computes, a multiple of 32
@@ -23,23 +25,41 @@ struct DqAccumulator {
       : data(static_cast<float*>(workspace)), columns(columns), packed(p.packed()) {
     head_tiles = packed ? p.total_q / kTileRows + p.batch + 1 : (p.seqlen_q + kTileRows - 1) / kTileRows;
     batch_tiles = packed ? 0 : head_tiles * p.heads_q;
+    if (p.deterministic) turns = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
   }
 
-  static int64_t bytes(const AttentionParams& p, int32_t columns) {
-    const DqAccumulator layout(p, nullptr, columns);
-    const int64_t tiles = layout.head_tiles * p.heads_q * (layout.packed ? 1 : p.batch);
-    return tiles * kTileRows * columns * static_cast<int64_t>(sizeof(float));
+  int64_t tiles(const AttentionParams& p) const { return head_tiles * p.heads_q * (packed ? 1 : p.batch); }
+  int64_t bytes(const AttentionParams& p) const {
+    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (p.deterministic ? kTurns : 0));
   }
 
-  // First float of the tile that holds row `row` (a multiple of 16) of sequence b, at that row.
-  HF_FLASH_HOST_DEVICE float* rows(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+  HF_FLASH_HOST_DEVICE int64_t tile(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
     const int64_t first = packed ? sequence.first_q / kTileRows + b : 0;
-    return data + ((b * batch_tiles + head * head_tiles + first) * kTileRows + row) * columns;
+    return b * batch_tiles + head * head_tiles + first + row / kTileRows;
   }
 
-  // Of 16 rows: offset of the four floats of a lane in the m16n8 block whose first column is 8 * block. They are
-  // (row lane / 4, columns 2 (lane % 4) + {0, 1}) and the same of row lane / 4 + 8.
-  HF_FLASH_HOST_DEVICE static int32_t fragment(int32_t block, int32_t lane) { return block * 128 + lane * 4; }
+  // The 16 rows from `row` (a multiple of 16) on of sequence b.
+  HF_FLASH_HOST_DEVICE float* rows(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    return data + (tile(sequence, b, head, row) * kTileRows + row % kTileRows) * columns;
+  }
+
+  // How many key tiles have added to the rows from `row` (a multiple of 32) on.
+  HF_FLASH_HOST_DEVICE int32_t* turn(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    return turns + tile(sequence, b, head, row) * kTurns + row % kTileRows / 32;
+  }
+
+#ifdef __CUDACC__
+  // Where a lane's element e = 0 .. 3 of the m16n8 block with first column 8 * block lies within its 16 rows. e = 0, 1
+  // stand at row lane / 4, columns 2 (lane % 4) + {0, 1}, e = 2, 3 at the same columns of row lane / 4 + 8. One red
+  // instruction adds all four where the architecture has vectors of them, otherwise it adds the same e of all lanes.
+  __device__ static int32_t element(int32_t block, int32_t lane, int32_t e) {
+#if __CUDA_ARCH__ >= 900
+    return block * 128 + lane * 4 + e;
+#else
+    return block * 128 + e * 32 + lane;
+#endif
+  }
+#endif
 };
 
 }  // namespace hf_flash

@@ -14,7 +14,7 @@ namespace hf_flash::portable {
 void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
 
 // dq = scale * accumulator in q's dtype, 0 for rows that are not computed. float16 and bfloat16.
-void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
+void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, float scale, cudaStream_t stream);
 
 // dsink[h] = -sum over rows of exp(sink - lse) * row_sum, in a fixed order.
 void sink_gradient(const AttentionParams& p, cudaStream_t stream);

@@ -2,8 +2,8 @@
 // launch of its own has to.
 #include "attention/sequence.h"
 #include "portable/cuda_call.h"
-#include "portable/vector.cuh"
 #include "portable/portable.h"
+#include "portable/vector.cuh"
 
 namespace hf_flash::portable {
 namespace {
@@ -27,8 +27,8 @@ __device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane
 
 // One block: 64 rows of one query head of one sequence. Heads run fastest over the grid: their rows are neighbours.
 template <class Element>
-__global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams p, const DqAccumulator accumulator,
-                                                           const int32_t row_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    row_sum_kernel(const AttentionParams p, const DqAccumulator accumulator, const int32_t row_blocks) {
   using Sum = typename SumOf<Element>::type;
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams
   if (accumulator.data != nullptr) {
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
     for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
+    if (accumulator.turns != nullptr && threadIdx.x < DqAccumulator::kTurns)
+      accumulator.turn(sequence, b, head, first_row)[threadIdx.x] = 0;
   }
   const int32_t lane = threadIdx.x % kLanes;
   const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
@@ -50,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams
     if (i - threadIdx.x / kLanes >= sequence.len_q) break;
     const int64_t row = sequence.first_q + i;
     Sum sum = 0;
-    if (sequence.computes(i)) sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane);
+    if (sequence.computes(i))
+      sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane);
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane != 0 || i >= sequence.len_q) continue;
@@ -68,7 +71,8 @@ void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStr
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
   with_element(p.dtype, [&](auto element) {
-    row_sum_kernel<decltype(element)><<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks);
+    row_sum_kernel<decltype(element)>
+        <<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks);
   });
   check_launch("row_sum");
 }

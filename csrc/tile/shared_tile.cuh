@@ -44,12 +44,15 @@ struct BlockReader {
   static constexpr int kPeriod = Tile::kPermuted / 2;  // blocks
   uint32_t base[kPeriod];
 
-  // tile: shared address of the tile (128-byte aligned), first_row a multiple of 16.
-  __device__ explicit BlockReader(uint32_t tile, int first_row = 0) {
+  // tile: shared address of the tile (128-byte aligned), first_row a multiple of 16; column blocks count from
+  // first_block.
+  __device__ explicit BlockReader(uint32_t tile, int first_row = 0, int first_block = 0) {
     const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
     const int row = lane % 8 + 8 * (ORDER == Order::kDown ? low : high), chunk = ORDER == Order::kDown ? high : low;
 #pragma unroll
-    for (int i = 0; i < kPeriod; ++i) base[i] = tile + first_row * Tile::kRowBytes + Tile::offset(row, 2 * i + chunk);
+    for (int i = 0; i < kPeriod; ++i) {
+      base[i] = tile + first_row * Tile::kRowBytes + Tile::offset(row, 2 * (first_block + i) + chunk);
+    }
   }
 
   // Goes to another tile, bytes further on.

@@ -1,0 +1,148 @@
+// The backward's element-wise mathematics, on transposed tiles (rows are keys, columns queries): from the raw products
+// S = K Q^T and dP = V dO^T to the probabilities and the scores' gradient
+//   P = exp(s - lse),   dS = P (dP - row_sum),   with dropout dP and the P of dV masked.
+// Kept values' factor 256 / keep is left out: row_sum comes divided by it, and dQ, dK, dV are multiplied at their ends.
+#pragma once
+
+#include "attention/dropout_fragment.cuh"
+#include "attention/score.cuh"
+
+namespace hf_flash {
+
+// lse in log2 units; +inf for a row that sees nothing or is not computed, so that exp2(s - lse) is 0 and never NaN.
+__device__ __forceinline__ float lse_for_gradient(float lse) {
+  return lse == -CUDART_INF_F ? CUDART_INF_F : lse * kLog2E;
+}
+
+// Gradients of the score before and after the softcap: the tanh's derivative 1 - (s / c)^2 as float16 pairs.
+template <int ROWS, int COLS>
+struct SoftcapSlopes {
+  uint32_t x[ROWS / 16][COLS / 8][2];
+
+  // s: scores in log2 units after the softcap, before anything is added.
+  __device__ __forceinline__ void keep(const Accumulator<ROWS, COLS>& s, float softcap) {
+    const float inverse = 1.0f / (softcap * kLog2E);
+    const auto slope = [&](float y) { return 1.0f - (y * inverse) * (y * inverse); };
+    for_each_pair(
+        [&](uint32_t& pair, int m, int n, int e) { pair = pack<Half>(slope(s.x[m][n][e]), slope(s.x[m][n][e + 1])); });
+  }
+  __device__ __forceinline__ void multiply(Accumulator<ROWS, COLS>& ds) {
+    for_each_pair([&](uint32_t& pair, int m, int n, int e) {
+      const float2 slope = unpack<Half>(pair);
+      ds.x[m][n][e] *= slope.x;
+      ds.x[m][n][e + 1] *= slope.y;
+    });
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void for_each_pair(F f) {
+#pragma unroll
+    for (int m = 0; m < ROWS / 16; ++m) {
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) f(x[m][n][r], m, n, 2 * r);
+      }
+    }
+  }
+};
+
+// Where the bias's gradient goes: one element each, or sums over broadcast dimensions by atomic additions.
+struct BiasGradient {
+  float* data;  // of one batch and head; null: not asked for
+  int64_t row, col;
+  float factor;
+  bool sums;
+
+  __device__ BiasGradient(const AttentionParams& p, int b, int h)
+      : data(nullptr), row(p.dbias.row), col(p.dbias.col), factor(256.0f / p.dropout_keep), sums(false) {
+    if (p.dbias.data == nullptr) return;
+    data = static_cast<float*>(p.dbias.data) + b * p.dbias.batch + h * p.dbias.head;
+    sums = (p.dbias.batch == 0 && p.batch > 1) || (p.dbias.head == 0 && p.heads_q > 1) ||
+           (row == 0 && p.seqlen_q > 1) || (col == 0 && p.seqlen_k > 1);
+  }
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void add(Accumulator<ROWS, COLS>& ds, const Sequence& sequence, int i0, int j0) const {
+    ds.for_each([&](float& x, int key, int query) {
+      const int i = i0 + query, j = j0 + key;
+      if (i >= sequence.len_q || j >= sequence.len_k) return;
+      float* to = data + i * row + j * col;
+      if (!sums) {
+        *to = x * factor;
+      } else if (x != 0) {
+        add_global(to, x * factor);
+      }
+    });
+  }
+};
+
+template <class T, bool DROPOUT, bool EXTRAS>
+struct ScoreGradient {
+  const AttentionParams& p;
+  const Sequence& sequence;
+  const FragmentDropout<true> dropout;  // of this batch and head
+  const int b, h;
+
+  __device__ ScoreGradient(const AttentionParams& p, const Sequence& sequence, int b, int h)
+      : p(p), sequence(sequence), dropout(p, b * p.heads_q + h), b(b), h(h) {}
+
+  // s, dp: raw products of keys j0 .. and queries i0 .. of query head h; lse (as above) and row_sum of those queries.
+  // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void apply(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp, const float* lse,
+                                        const float* row_sum, int i0, int j0, bool boundary) const {
+    if constexpr (!EXTRAS) {
+      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0);
+      differentiate(s, dp, lse, row_sum, i0, j0, static_cast<float>(p.scale) * kLog2E);
+    } else {
+      const ScoreExtras<T, true> extras(p, b, h);
+      SoftcapSlopes<ROWS, COLS> slopes;
+      extras.scale_and_cap(s);
+      if (p.softcap != 0) slopes.keep(s, static_cast<float>(p.softcap));
+      extras.add(s, sequence, i0, j0);
+      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0);
+      differentiate(s, dp, lse, row_sum, i0, j0, 1.0f);
+      const BiasGradient bias(p, b, h);
+      if (bias.data != nullptr) bias.add(dp, sequence, i0, j0);
+      if (p.softcap != 0) slopes.multiply(dp);
+    }
+  }
+
+ private:
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ void differentiate(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp,
+                                                const float* lse, const float* row_sum, int i0, int j0,
+                                                float factor) const {
+    constexpr int kM = ROWS / 16;
+    const bool drops = DROPOUT && (!EXTRAS || p.dropout_keep < 256);
+    DropoutWords words;
+#pragma unroll
+    for (int block = 0; block < kM * COLS / 16; ++block) {  // 16 x 16 blocks, those of one query block side by side
+      const int m = block % kM;
+      if constexpr (DROPOUT) {
+        if (drops && block % 2 == 0) {
+          words =
+              dropout.draw(i0 / 16 + block / kM, j0 / 16 + m, i0 / 16 + (block + 1) / kM, j0 / 16 + (block + 1) % kM);
+        }
+      }
+#pragma unroll
+      for (int n = 2 * (block / kM); n < 2 * (block / kM) + 2; ++n) {
+        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n + lane_col());
+        const float2 row_delta = *reinterpret_cast<const float2*>(row_sum + 8 * n + lane_col());
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& probability = s.x[m][n][e];
+          float& gradient = dp.x[m][n][e];
+          probability = exp2_fast(probability * factor - (e % 2 ? row_lse.y : row_lse.x));
+          bool kept = true;
+          if constexpr (DROPOUT) kept = !drops || dropout.keeps(words, block % 2, n, e);
+          gradient = probability * ((kept ? gradient : 0.0f) - (e % 2 ? row_delta.y : row_delta.x));
+          if (!kept) probability = 0.0f;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace hf_flash
