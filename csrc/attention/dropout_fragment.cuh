@@ -1,5 +1,5 @@
-// Dropout in the fragments of tensor-core accumulators. One Philox call serves 16 elements that lie in lanes l and l ^ 4
-// of one 16 x 16 block. So each of the two lanes draws for one of two blocks, and two shuffles swap the halves.
+// Dropout in the fragments of tensor-core accumulators. One Philox call serves 16 elements that lie in lanes l and l ^
+// 4 of one 16 x 16 block. So each of the two lanes draws for one of two blocks, and two shuffles swap the halves.
 #pragma once
 
 #include "attention/dropout.h"

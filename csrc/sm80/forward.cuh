@@ -144,9 +144,7 @@ struct ForwardWarp {
     }
   }
 
-  __device__ __forceinline__ void take_max(int b) {
-    take_lane_max(top, s, b * Traits::kBlock / 8, Traits::kBlock / 8);
-  }
+  __device__ __forceinline__ void take_max(int b) { take_lane_max(top, s, b * Traits::kBlock / 8, Traits::kBlock / 8); }
   __device__ __forceinline__ void take_max() { take_lane_max(top, s, 0, Traits::kKeys / 8); }
 
   // s = Q K^T, all of the tile.
@@ -164,8 +162,8 @@ struct ForwardWarp {
   // tile's first key in blocks of 16.
   // start_copies() runs among the matrix products, which hide its latency.
   template <bool NEXT, class StartCopies>
-  __device__ __forceinline__ void attend(const StartCopies& start_copies, float factor, const FragmentDropout<false>& dropout, int i_block,
-                                         int j_block) {
+  __device__ __forceinline__ void attend(const StartCopies& start_copies, float factor,
+                                         const FragmentDropout<false>& dropout, int i_block, int j_block) {
 #pragma unroll
     for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
@@ -254,9 +252,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
   const int first_tile = plan.tiles.begin;
   ForwardWarp<Traits> state(q_tile, kv_tiles + k_place(first_tile), kv_tiles + v_place(first_tile - 1), warp);
-  // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the latter.
-  // Each step finds its V and K in shared memory and starts the copies of the next step's; past the last tile these only
-  // write zeros, which costs less than a branch among the matrix products.
+  // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the
+  // latter. Each step finds its V and K in shared memory and starts the copies of the next step's; past the last tile
+  // these only write zeros, which costs less than a branch among the matrix products.
   const auto load_step = [&](int tile) {
     load_values(tile);
     load_keys(tile + 1);
