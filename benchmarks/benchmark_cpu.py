@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -160,20 +162,27 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"some of: {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each cell (default 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch's pool")
+    parser.add_argument("--memory-only", choices=("float32", "bfloat16"), help="no times, memory in one dtype")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     options = parser.parse_args()
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     torch.set_num_threads(options.threads)
+    if options.memory_only:
+        workspace(getattr(torch, options.memory_only))
+        return 0
     print(f"torch {torch.__version__}, {options.threads} threads, {platform.processor() or platform.machine()}")
     print("ms of hf_flash and of scaled_dot_product_attention, how many times as fast hf_flash is, its Gflop/s")
     columns = "".join(f"{name:>9}{'sdpa':>9}{'ratio':>7}{'Gflop/s':>8}  " for name in ("forward", "backward"))
     print(f"{'':10}{columns}")
     rows = [report(case, options.rounds) for case in CASES if case.name in (options.only or names)]
     if not options.only and Path("/proc/self/clear_refs").exists():
-        print("\nextra memory of one call, causal, B2 H12 S8192 D64")
-        for dtype in (torch.float32, torch.bfloat16):
-            workspace(dtype)
+        print("\nextra memory of one call, causal, B2 H12 S8192 D64", flush=True)
+        # In processes of their own, where glibc gives freed blocks back, so that none is reused unseen.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        for dtype in ("float32", "bfloat16"):
+            command = [sys.executable, __file__, "--memory-only", dtype, "--threads", str(options.threads)]
+            subprocess.run(command, env=environment, check=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)
