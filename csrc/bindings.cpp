@@ -124,7 +124,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   }
 
   const Runner runner(q);
-  const Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
+  Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
   const Tensor row_sum = torch::stable::new_empty(q, shape.row_values, accumulator);
   p.dout = rows_of(dout);
   p.out = rows_of(out);
@@ -145,7 +145,11 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t bytes = runner.backward_workspace(p);
   const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   p.workspace = bytes > 0 ? workspace.data_ptr() : nullptr;
-  if (p.batch > 0 && p.heads_q > 0) runner.backward(p);
+  if (p.batch > 0 && p.heads_q > 0) {
+    runner.backward(p);
+  } else {  // a packed batch of no sequences still has rows
+    for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
+  }
   if (dbias && tail.bias->scalar_type() != accumulator) dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
 
   stack[0] = torch::stable::detail::from(dq);

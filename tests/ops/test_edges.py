@@ -83,6 +83,19 @@ def test_empty_sequences(device, dtype, lengths_q, lengths_k):
     check(q, k, v, small=True, causal=True, **options)
 
 
+def test_a_packed_batch_of_no_sequences():
+    bounds = int32([0], "cpu")
+    q = torch.randn(5, 2, 16, requires_grad=True)
+    for _ in range(20):  # gradients that nobody writes would show this
+        torch.full_like(q, math.nan)
+    out, lse = flash_attention(
+        q, q, q, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=1, max_seqlen_k=1, return_lse=True
+    )
+    assert (out == 0).all() and (lse == -math.inf).all()
+    (gradient,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert (gradient == 0).all()
+
+
 def test_packed_lengths_are_read_from_the_device_where_none_are_given(device, dtype):
     q, k, v = make_qkv(device, dtype, None, 30, 30)
     starts = int32([0, 11, 11, 30], device)
