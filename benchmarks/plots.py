@@ -14,7 +14,7 @@ def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["section"] == "standard"]
+    rows = [row for row in rows if row["section"] == "standard" and "error" not in row]
     by_key = {(row["peer"], row["variant"], row["S"]): row for row in rows}
     lengths = sorted({row["S"] for row in rows})
     pictures = (

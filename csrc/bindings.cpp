@@ -105,7 +105,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto check_out = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);
     require(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
-    require(t.dim() == q.dim() && t.numel() == p.total_q * p.heads_q * p.head_dim_v, name, " ", shape_of(t),
+    require(t.dim() == q.dim() && t.numel() == p.total_q * p.heads_q * p.head_dim_v, name, " ", t,
             " must have the shape of out");
   };
   check_out(dout, "dout");
@@ -114,7 +114,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     require_device(t, q, name);
     require(t.scalar_type() == accumulator && t.dim() == static_cast<int64_t>(shape.row_values.size()) &&
                 t.numel() == p.total_q * p.heads_q,
-            name, " ", shape_of(t), " must be forward's lse in shape and dtype");
+            name, " ", t, " must be forward's lse in shape and dtype");
   };
   check_row_values(lse, "lse");
   if (dlse) {
@@ -165,8 +165,8 @@ void row_sum(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor out = kernel_ready(args.take<Tensor>());
   OptionalTensor dlse = args.take<OptionalTensor>();
   const bool packed = out.dim() == 3;
-  require(packed || out.dim() == 4, "out must be (B, S, H, D) or (T, H, D); got ", shape_of(out));
-  require(dout.dim() == out.dim() && dout.numel() == out.numel(), "dout ", shape_of(dout), " must have out's shape");
+  require(packed || out.dim() == 4, "out must be (B, S, H, D) or (T, H, D); got ", out);
+  require(dout.dim() == out.dim() && dout.numel() == out.numel(), "dout ", dout, " must have out's shape");
   require(dout.scalar_type() == out.scalar_type(), "dout must have out's dtype");
   require_device(dout, out, "dout");
   AttentionParams p{};
@@ -182,7 +182,7 @@ void row_sum(StableIValue* stack, uint64_t, uint64_t) {
   if (dlse) {
     dlse = torch::stable::contiguous(*dlse);
     require_device(*dlse, out, "dlse");
-    require(dlse->scalar_type() == accumulator && dlse->numel() == p.total_q * p.heads_q, "dlse ", shape_of(*dlse),
+    require(dlse->scalar_type() == accumulator && dlse->numel() == p.total_q * p.heads_q, "dlse ", *dlse,
             " must be lse in shape and dtype");
     p.dlse = row_values_of(*dlse);
   }

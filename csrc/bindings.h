@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,21 +21,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline void append(std::string& text, const char* word) { text += word; }
+inline void append(std::string& text, int64_t number) { text += std::to_string(number); }
+
+// A tensor stands for its shape.
+inline void append(std::string& text, const Tensor& t) {
+  text += "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  text += ")";
+}
+
+// Throws the words as one sentence where the condition fails; puts nothing together where it holds.
 template <class... Words>
 void require(bool condition, const Words&... words) {
   if (condition) return;
-  std::ostringstream sentence;
-  sentence << "hf_flash: ";
-  (sentence << ... << words);
-  throw std::runtime_error(sentence.str());
-}
-
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ")";
-  return text.str();
+  std::string sentence = "hf_flash: ";
+  (append(sentence, words), ...);
+  throw std::runtime_error(sentence);
 }
 
 // A boxed call's arguments, taken in the schema's order. Each must be taken once: taking owns the reference.
@@ -143,8 +144,8 @@ struct Shape {
 
   Shape(const Tensor& q, const Tensor& k, const Tail& tail) : packed(tail.cu_seqlens_q.has_value()) {
     require(tail.cu_seqlens_k.has_value() == packed, "cu_seqlens_q and cu_seqlens_k must be given together");
-    require(q.dim() == (packed ? 3 : 4), "q must be (B, Sq, Hq, D), or (T, Hq, D) with cu_seqlens; got ", shape_of(q));
-    require(k.dim() == q.dim(), "k ", shape_of(k), " must have as many dimensions as q");
+    require(q.dim() == (packed ? 3 : 4), "q must be (B, Sq, Hq, D), or (T, Hq, D) with cu_seqlens; got ", q);
+    require(k.dim() == q.dim(), "k ", k, " must have as many dimensions as q");
     batch = packed ? std::max<int64_t>(0, tail.cu_seqlens_q->numel() - 1) : q.size(0);
     seqlen_q = packed ? std::min(tail.max_seqlen_q, q.size(0)) : q.size(1);
     seqlen_k = packed ? std::min(tail.max_seqlen_k, k.size(0)) : k.size(1);
@@ -154,15 +155,15 @@ struct Shape {
 };
 
 inline void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const Shape& shape) {
-  require(v.dim() == q.dim(), "v ", shape_of(v), " must have as many dimensions as q");
+  require(v.dim() == q.dim(), "v ", v, " must have as many dimensions as q");
   require_device(k, q, "k");
   require_device(v, q, "v");
   require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "k and v must have q's dtype");
   const int64_t head = q.dim() - 2, dim = q.dim() - 1;
   for (int64_t d = 0; d < dim; ++d)
-    require(k.size(d) == v.size(d), "k ", shape_of(k), " and v ", shape_of(v), " must agree up to the last dimension");
-  require(shape.packed || k.size(0) == q.size(0), "k ", shape_of(k), " must have q's batch size ", q.size(0));
-  require(k.size(dim) == q.size(dim), "k ", shape_of(k), " must have q's head_dim ", q.size(dim));
+    require(k.size(d) == v.size(d), "k ", k, " and v ", v, " must agree up to the last dimension");
+  require(shape.packed || k.size(0) == q.size(0), "k ", k, " must have q's batch size ", q.size(0));
+  require(k.size(dim) == q.size(dim), "k ", k, " must have q's head_dim ", q.size(dim));
   require(k.size(head) > 0 && q.size(head) % k.size(head) == 0, "q's heads (", q.size(head),
           ") must be a multiple of k's (", k.size(head), ")");
   for (const Tensor* t : {&q, &v})
@@ -178,16 +179,16 @@ inline const void* vector_of(const OptionalTensor& t, const Tensor& q, ScalarTyp
   require_device(*t, q, name);
   require(t->scalar_type() == dtype, name, " has the wrong dtype");
   require(t->numel() == numel && t->is_contiguous(), name, " must be contiguous with ", numel, " values; got shape ",
-          shape_of(*t));
+          *t);
   return t->data_ptr();
 }
 
 inline void check_scores(const Tensor& t, const Tensor& q, const int64_t (&full)[4], const char* name) {
   require_device(t, q, name);
-  require(t.dim() == 4, name, " must have 4 dimensions; got ", shape_of(t));
+  require(t.dim() == 4, name, " must have 4 dimensions; got ", t);
   for (int64_t d = 0; d < 4; ++d)
-    require(t.size(d) == 1 || t.size(d) == full[d], name, " ", shape_of(t), " does not broadcast to (", full[0], ", ",
-            full[1], ", ", full[2], ", ", full[3], ")");
+    require(t.size(d) == 1 || t.size(d) == full[d], name, " ", t, " does not broadcast to (", full[0], ", ", full[1],
+            ", ", full[2], ", ", full[3], ")");
 }
 
 inline void fill_tail(AttentionParams& p, const Tail& tail, const Tensor& q, const Shape& shape) {

@@ -74,7 +74,8 @@ WITH_FLOOR = {"window_self", "bias_head", "bias_rows", "bias_one", "sink", "sink
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(device, dtype, feature):
     q, k, v = make_qkv(device, dtype, B, SQ, SK, heads=H, heads_k=2, head_dim=32)
-    check(q, k, v, small=feature in WITH_FLOOR, **FEATURES[feature](device, dtype))
+    floor = feature in WITH_FLOOR or (device == "cuda" and feature == "everything")
+    check(q, k, v, small=floor, **FEATURES[feature](device, dtype))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
