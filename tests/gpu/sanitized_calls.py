@@ -24,7 +24,7 @@ def calls(device, dtype):
     yield *qkv, ranges | dropout | {"bias": bias, "sink": sink, "alibi_slopes": slopes, "softcap": 3.0, "mask": mask}
     yield (
         *qkv,
-        {"bias": bias[:, :, :1], "deterministic": True, "query_offset": int32([3, -200], device), "causal": True},
+        {"bias": bias[:, :, :1], "query_offset": int32([3, -200], device), "causal": True},
     )
     q, k, v = make_qkv(device, dtype, None, 90, 130, heads=2, head_dim=64)
     starts = {"cu_seqlens_q": int32([0, 33, 33, 88], device), "cu_seqlens_k": int32([0, 70, 75, 130], device)}
