@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,35 +137,26 @@ def _flex(case: Case):
     return lambda: compiled(q, k, v, block_mask=block_mask).transpose(1, 2)
 
 
-def _flash_attn_3(case: Case):
-    from flash_attn_interface import flash_attn_func
+def _flash_attn(module: str):
+    """flash-attn 3 or 4, whose ``flash_attn_func`` takes neither dropout nor masks nor a bias."""
 
-    if case.dropout or case.padding or case.bias:
-        return None
+    def prepare(case: Case):
+        if case.dropout or case.padding or case.bias:
+            return None
+        function = importlib.import_module(module).flash_attn_func
 
-    def call():
-        out = flash_attn_func(case.q, case.k, case.v, causal=case.causal)
-        return out[0] if isinstance(out, tuple) else out
+        def call():
+            out = function(case.q, case.k, case.v, causal=case.causal)
+            return out[0] if isinstance(out, tuple) else out
 
-    return call
+        return call
 
-
-def _flash_attn_4(case: Case):
-    from flash_attn.cute import flash_attn_func
-
-    if case.dropout or case.padding or case.bias:
-        return None
-
-    def call():
-        out = flash_attn_func(case.q, case.k, case.v, causal=case.causal)
-        return out[0] if isinstance(out, tuple) else out
-
-    return call
+    return prepare
 
 
 def _importable(module: str) -> bool:
     try:
-        __import__(module)
+        importlib.import_module(module)
         return True
     except Exception:  # a peer that cannot load is left out, whatever its reason
         return False
@@ -181,8 +173,7 @@ def all_peers(flex: bool = True) -> list[Peer]:
     ]
     if flex:
         peers.append(Peer("FlexAttention", _flex))
-    if _importable("flash_attn_interface"):
-        peers.append(Peer("flash-attn 3", _flash_attn_3))
-    if _importable("flash_attn.cute"):
-        peers.append(Peer("flash-attn 4", _flash_attn_4))
+    for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn 4", "flash_attn.cute")):
+        if _importable(module):
+            peers.append(Peer(name, _flash_attn(module)))
     return peers

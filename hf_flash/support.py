@@ -114,35 +114,37 @@ def _rows(q, k, v, packed: bool) -> Unsupported | None:
     return None
 
 
-def _vector(name, t, q, dtypes, shapes) -> Unsupported | None:
-    """A small tensor argument: dtype, device and one of the allowed shapes."""
-    if t is None:
-        return None
+def _tensor(name, t, q, dtypes, hint="") -> Unsupported | None:
+    """What every optional tensor argument must be: a tensor of an allowed dtype on q's device."""
     if not isinstance(t, torch.Tensor):
         return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor or None")
     if t.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        return _type(f"`{name}` has dtype {t.dtype}; allowed is {allowed}")
+        return _type(f"`{name}` has dtype {t.dtype}; allowed is {allowed}{hint}")
     if t.device != q.device:
         return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move it there")
-    if tuple(t.shape) not in shapes:
-        allowed = " or ".join(str(s) for s in shapes)
-        return _value(f"`{name}` has shape {tuple(t.shape)}; allowed is {allowed}")
     return None
 
 
-def _scores(name, t, q, dtypes, full) -> Unsupported | None:
-    """bias and mask: dtype, device and broadcasting to (B, Hq, Sq, Sk)."""
+def _vector(name, t, q, dtypes, shapes) -> Unsupported | None:
+    """A small tensor argument: one of the allowed shapes."""
     if t is None:
         return None
-    if not isinstance(t, torch.Tensor):
-        return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor or None")
-    if t.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        other = "mask" if name == "bias" else "bias"
-        return _type(f"`{name}` has dtype {t.dtype}; allowed is {allowed}; other dtypes may belong into `{other}`")
-    if t.device != q.device:
-        return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move it there")
+    reason = _tensor(name, t, q, dtypes)
+    if reason is None and tuple(t.shape) not in shapes:
+        allowed = " or ".join(str(s) for s in shapes)
+        return _value(f"`{name}` has shape {tuple(t.shape)}; allowed is {allowed}")
+    return reason
+
+
+def _scores(name, t, q, dtypes, full) -> Unsupported | None:
+    """bias and mask: broadcasting to (B, Hq, Sq, Sk)."""
+    if t is None:
+        return None
+    other = "mask" if name == "bias" else "bias"
+    reason = _tensor(name, t, q, dtypes, hint=f"; other dtypes may belong into `{other}`")
+    if reason is not None:
+        return reason
     missing = 4 - t.dim()
     if missing < 0 or any(size != 1 and size != want for size, want in zip(t.shape, full[missing:], strict=True)):
         return _value(f"`{name}` has shape {tuple(t.shape)}, which does not broadcast to (B, Hq, Sq, Sk) = {full}")
