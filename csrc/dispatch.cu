@@ -9,26 +9,36 @@
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "sm80/instances.h"
+#include "sm90/instances.h"
 
 namespace hf_flash::cuda {
 namespace {
 
 cudaStream_t native(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-// HF_FLASH_ARCH=sm80 forces a folder, for tests and for users who debug; otherwise the current device chooses.
-void check_architecture() {
-  static const std::string forced = [] {
-    const char* value = std::getenv("HF_FLASH_ARCH");
-    return std::string(value ? value : "");
-  }();
-  if (!forced.empty() && forced != "sm80")
-    throw std::runtime_error("hf_flash: HF_FLASH_ARCH is '" + forced + "'; this build has sm80");
+enum class Arch { kSm80, kSm90 };
+
+// The folder that serves the current device. HF_FLASH_ARCH forces one, for tests and for users who debug; it is read at
+// every call.
+Arch architecture() {
   int device = 0, major = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   if (major < 8)
     throw std::runtime_error("hf_flash: the CUDA kernels need compute capability 8.0 or newer; this device has " +
                              std::to_string(major) + ".x");
+  const char* value = std::getenv("HF_FLASH_ARCH");
+  const std::string forced(value ? value : "");
+  if (forced.empty()) return major == 9 ? Arch::kSm90 : Arch::kSm80;
+  if (forced == "sm80") return Arch::kSm80;
+  if (forced != "sm90")
+    throw std::runtime_error("hf_flash: HF_FLASH_ARCH is '" + forced + "'; this build has sm80 and sm90");
+  if (major != 9)
+    throw std::runtime_error(
+        "hf_flash: HF_FLASH_ARCH is 'sm90', whose kernels need compute capability 9.0; this device "
+        "has " +
+        std::to_string(major) + ".x");
+  return Arch::kSm90;
 }
 
 // A scale that is not positive counts as one: there scores are scaled before anything is hidden or compared.
@@ -38,13 +48,13 @@ bool has_extras(const AttentionParams& p) {
 }
 
 template <int HEAD_DIM, class Run>
-void with_variant(const AttentionParams& p, Run&& run) {
-  const sm80::Variant variant = sm80::variant_of(HEAD_DIM, p.dropout_keep < 256, has_extras(p));
+void with_variant(const AttentionParams& p, const Run& run) {
+  const bool dropout = p.dropout_keep < 256, extras = has_extras(p);
   const auto with_type = [&](auto element) {
     using T = decltype(element);
-    if constexpr (HEAD_DIM <= 128) {
-      if (!variant.extras && !variant.dropout) return run.template operator()<T, HEAD_DIM, false, false>();
-      if (!variant.extras) return run.template operator()<T, HEAD_DIM, true, false>();
+    if constexpr (Run::has_variants(HEAD_DIM)) {
+      if (!extras && !dropout) return run.template operator()<T, HEAD_DIM, false, false>();
+      if (!extras) return run.template operator()<T, HEAD_DIM, true, false>();
     }
     return run.template operator()<T, HEAD_DIM, true, true>();
   };
@@ -61,7 +71,7 @@ int head_dim_of(const AttentionParams& p) {
 }
 
 template <class Run>
-void with_instance(const AttentionParams& p, Run&& run) {
+void with_instance(const AttentionParams& p, const Run& run) {
   switch (head_dim_of(p)) {
     case 32: return with_variant<32>(p, run);
     case 64: return with_variant<64>(p, run);
@@ -72,38 +82,52 @@ void with_instance(const AttentionParams& p, Run&& run) {
   }
 }
 
-struct Forward {
+// What can be run on an instance: sm80's pair of passes and Hopper's forward.
+struct Sm80Forward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     sm80::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
   }
 };
 
-struct Backward {
+struct Sm80Backward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     sm80::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
   }
 };
 
+struct Sm90Forward {
+  const AttentionParams& p;
+  cudaStream_t stream;
+  static constexpr bool has_variants(int) { return true; }
+  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  void operator()() const {
+    sm90::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+  }
+};
+
 }  // namespace
 
 void forward(const AttentionParams& p, void* stream) {
-  check_architecture();
+  const Arch arch = architecture();
   if (p.packed()) portable::fill_gaps_forward(p, native(stream));
-  with_instance(p, Forward{p, native(stream)});
+  if (arch == Arch::kSm90) return with_instance(p, Sm90Forward{p, native(stream)});
+  with_instance(p, Sm80Forward{p, native(stream)});
 }
 
 int64_t backward_workspace(const AttentionParams& p) { return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p); }
 
 void backward(const AttentionParams& p, void* stream) {
-  check_architecture();
+  architecture();
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
-  with_instance(p, Backward{p, native(stream)});
+  with_instance(p, Sm80Backward{p, native(stream)});
 }
 
 void row_sum(const AttentionParams& p, void* stream) { portable::row_sum(p, DqAccumulator{}, native(stream)); }

@@ -31,4 +31,49 @@ struct TileSchedule {
   }
 };
 
+// For kernels whose CTAs stay and take one tile after the other, in an order fixed beforehand. Where all tiles take
+// about as long, those of one head lie side by side. Where later tiles take longer (a causal mask), heads come in
+// sections whose keys fit the L2 cache together, the last tiles of all heads of a section first. A section begins with
+// a round of its own, and each round over the CTAs runs in the other direction than the one before: so every CTA gets
+// as much.
+struct PersistentSchedule {
+  int32_t tiles;        // tiles of the longest sequence
+  int32_t heads;        // a sequence
+  int32_t planes;       // batch * heads
+  int32_t section = 0;  // planes a section; 0: tiles take about as long
+  int32_t rounds = 0;   // a section
+
+  int64_t works() const { return int64_t{tiles} * planes; }
+
+  // widest: planes that a section may have; ctas: as many as run at once.
+  void sort_by_length(int64_t widest, int32_t ctas) {
+    const int64_t sections = (planes + widest - 1) / widest;
+    section = static_cast<int32_t>((planes + sections - 1) / sections);
+    rounds = (section * tiles + ctas - 1) / ctas;
+  }
+
+  struct Work {
+    int tile, head, batch;  // tile = -1: there is no more; tile >= tiles: nothing in this round
+  };
+
+  // This CTA's work of a round.
+  __device__ Work work(int round) const {
+    const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    int tile, plane;
+    if (section == 0) {
+      const uint32_t index = round * gridDim.x + cta;
+      plane = index / tiles;
+      tile = index % tiles;
+      if (plane >= planes) return {-1, 0, 0};
+    } else {
+      const int first = round / rounds * section;
+      if (first >= planes) return {-1, 0, 0};
+      const int index = round % rounds * gridDim.x + cta, width = min(section, planes - first);
+      plane = first + index % width;
+      tile = index < width * tiles ? tiles - 1 - index / width : tiles;
+    }
+    return {tile, plane % heads, plane / heads};
+  }
+};
+
 }  // namespace hf_flash

@@ -9,9 +9,13 @@
 
 namespace hf_flash {
 
-HF_FLASH_HOST_DEVICE int32_t clamp(int64_t value, int64_t low, int64_t high) {
-  return static_cast<int32_t>(value < low ? low : (value > high ? high : value));
+HF_FLASH_HOST_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
+  return value < low ? low : (value > high ? high : value);
 }
+
+// Lengths stay below this, offsets and windows below the numbers in Sequence and the bindings: then sums of positions,
+// offsets and windows fit 32 bits.
+constexpr int32_t kLongest = 1 << 28;
 
 // Half-open range of key columns.
 struct KeyRange {
@@ -33,12 +37,13 @@ struct Sequence {
 
   HF_FLASH_HOST_DEVICE Sequence(const AttentionParams& p, int32_t b) {
     if (p.cu_seqlens_q != nullptr) {
-      const int32_t begin_q = clamp(p.cu_seqlens_q[b], 0, p.total_q);
-      const int32_t begin_k = clamp(p.cu_seqlens_k[b], 0, p.total_k);
+      const int32_t total_q = static_cast<int32_t>(p.total_q), total_k = static_cast<int32_t>(p.total_k);
+      const int32_t begin_q = clamp(p.cu_seqlens_q[b], 0, total_q);
+      const int32_t begin_k = clamp(p.cu_seqlens_k[b], 0, total_k);
       first_q = begin_q;
       first_k = begin_k;
-      len_q = clamp(clamp(p.cu_seqlens_q[b + 1], begin_q, p.total_q) - begin_q, 0, p.seqlen_q);
-      len_k = clamp(clamp(p.cu_seqlens_k[b + 1], begin_k, p.total_k) - begin_k, 0, p.seqlen_k);
+      len_q = clamp(clamp(p.cu_seqlens_q[b + 1], begin_q, total_q) - begin_q, 0, p.seqlen_q);
+      len_k = clamp(clamp(p.cu_seqlens_k[b + 1], begin_k, total_k) - begin_k, 0, p.seqlen_k);
     } else {
       first_q = first_k = 0;
       len_q = p.seqlen_q;
@@ -56,13 +61,13 @@ struct Sequence {
 
   // The keys that rows [row_begin, row_end) can see between them; with row_end = row_begin + 1, those of one row.
   HF_FLASH_HOST_DEVICE KeyRange keys_of(const AttentionParams& p, int32_t row_begin, int32_t row_end) const {
-    int64_t begin = key_begin, end = key_end;
+    int32_t begin = key_begin, end = key_end;
     if (p.window_left >= 0) {
-      const int64_t first = int64_t(row_begin) + offset - p.window_left;
+      const int32_t first = row_begin + offset - p.window_left;
       begin = first > begin ? first : begin;
     }
     if (p.window_right >= 0) {
-      const int64_t last = int64_t(row_end) - 1 + offset + p.window_right + 1;
+      const int32_t last = row_end + offset + p.window_right;
       end = last < end ? last : end;
     }
     return {clamp(begin, 0, len_k), clamp(end, 0, len_k)};
@@ -70,13 +75,13 @@ struct Sequence {
 
   // The rows that can see some key of [col_begin, col_end).
   HF_FLASH_HOST_DEVICE KeyRange queries_of(const AttentionParams& p, int32_t col_begin, int32_t col_end) const {
-    int64_t begin = query_begin, end = query_end;
+    int32_t begin = query_begin, end = query_end;
     if (p.window_right >= 0) {  // j <= i + offset + right
-      const int64_t first = int64_t(col_begin) - offset - p.window_right;
+      const int32_t first = col_begin - offset - p.window_right;
       begin = first > begin ? first : begin;
     }
     if (p.window_left >= 0) {  // j >= i + offset - left
-      const int64_t last = int64_t(col_end) - 1 - offset + p.window_left + 1;
+      const int32_t last = col_end - offset + p.window_left;
       end = last < end ? last : end;
     }
     return {clamp(begin, 0, len_q), clamp(end, 0, len_q)};

@@ -25,29 +25,45 @@ struct OnlineSoftmax {
     sum.fill(0.0f);
   }
 
-  // Takes a tile's maxima, this lane's part, into account; rescales sum and out where a maximum moved. factor > 0.
-  template <int COLS>
-  __device__ __forceinline__ void update_max(RowVector<ROWS> top, Accumulator<ROWS, COLS>& out, float factor) {
+  // Takes a tile's maxima, this lane's part, into account. Returns whether a maximum of the warp's rows moved; then sum
+  // is rescaled, and out must be multiplied by `correction`. factor > 0.
+  __device__ __forceinline__ bool raise_max(RowVector<ROWS> top, float factor, RowVector<ROWS>& correction) {
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
       top.v[i] *= factor;
       moved |= top.v[i] > max.v[i] + kMaximumSlack;
     }
-    if (!any_lane(moved)) return;
+    moved = any_lane(moved);
+    if (!moved) return false;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
       const float row_top = quad_max(top.v[i]);
       const float new_max = row_top > max.v[i] + kMaximumSlack ? row_top : max.v[i];
-      const float correction = exp2_fast(max.v[i] - new_max);
+      correction.v[i] = exp2_fast(max.v[i] - new_max);
       max.v[i] = new_max;
-      sum.v[i] *= correction;
+      sum.v[i] *= correction.v[i];
+    }
+    return true;
+  }
+
+  template <int COLS>
+  __device__ __forceinline__ static void rescale(Accumulator<ROWS, COLS>& out, const RowVector<ROWS>& correction) {
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
 #pragma unroll
       for (int n = 0; n < COLS / 8; ++n) {
-        out.x[i / 2][n][2 * (i % 2)] *= correction;
-        out.x[i / 2][n][2 * (i % 2) + 1] *= correction;
+        out.x[i / 2][n][2 * (i % 2)] *= correction.v[i];
+        out.x[i / 2][n][2 * (i % 2) + 1] *= correction.v[i];
       }
     }
+  }
+
+  // Both at once, for kernels that may touch out right away.
+  template <int COLS>
+  __device__ __forceinline__ void update_max(const RowVector<ROWS>& top, Accumulator<ROWS, COLS>& out, float factor) {
+    RowVector<ROWS> correction;
+    if (raise_max(top, factor, correction)) rescale(out, correction);
   }
 
   // Scores of columns [8 first_n, 8 (first_n + count)) become probabilities (of the reference maximum), summed up.
@@ -68,7 +84,7 @@ struct OnlineSoftmax {
 
   // Ends the row's sum and takes the sink in (its logit in log2 units, -inf for none). Returns what to multiply row i
   // of the output with, 0 where nothing is visible, and sets lse (natural logarithm).
-  __device__ __forceinline__ float finish(int i, float sink_log2, float& lse) {
+  __device__ __forceinline__ float finish(int i, float sink_log2, float& lse) const {
     const float total = quad_sum(sum.v[i]);
     const bool sees = total != 0.0f;  // true for NaN
     const float top = sees ? fmaxf(max.v[i], sink_log2) : sink_log2;

@@ -1,28 +1,13 @@
 // The backward's last pass: dQ from the float32 accumulator's fragment order to rows of q's dtype.
-#include "instructions/element.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
+#include "tile/store.cuh"
 
 namespace hf_flash::portable {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRows = DqAccumulator::kTileRows;
-
-// Four lanes hold a 4 x 4 matrix, lane t its column t; afterwards lane t holds row t.
-__device__ void transpose_quad(uint32_t (&x)[4], int t) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-    for (int low = 0; low < 4; ++low) {
-      if (low & step) continue;
-      const bool upper = t & step;
-      const uint32_t sent = upper ? x[low] : x[low | step];
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
-      (upper ? x[low] : x[low | step]) = got;
-    }
-  }
-}
 
 // A warp converts 16 rows and 32 columns at a time: four coalesced loads, two 16-byte stores a lane.
 template <class T>

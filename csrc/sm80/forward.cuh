@@ -9,6 +9,7 @@
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
+#include "attention/tile_range.cuh"
 #include "portable/cuda_call.h"
 #include "sm80/config.h"
 #include "sm80/instances.h"
@@ -35,26 +36,6 @@ struct ForwardTraits {
   using QTile = SharedTile<kRows, HEAD_DIM>;
   using KVTile = SharedTile<kKeys, HEAD_DIM>;
   static constexpr int kTileBytes = QTile::kBytes + 4 * KVTile::kBytes;  // K and V twice
-};
-
-// Key tiles [begin, end) that some rows see, and the keys that all of them see.
-struct TileRange {
-  int begin, end;
-  int common_begin, common_end;
-
-  __device__ TileRange(const AttentionParams& p, const Sequence& sequence, int row_begin, int row_end, int keys) {
-    begin = end = common_begin = common_end = 0;
-    row_begin = max(row_begin, sequence.query_begin);
-    row_end = min(row_end, sequence.query_end);
-    if (row_begin >= row_end) return;
-    const KeyRange seen = sequence.keys_of(p, row_begin, row_end);
-    if (seen.empty()) return;
-    begin = seen.begin / keys;
-    end = (seen.end + keys - 1) / keys;
-    common_begin = sequence.keys_of(p, row_end - 1, row_end).begin;
-    common_end = sequence.keys_of(p, row_begin, row_begin + 1).end;
-  }
-  __device__ bool has(int tile) const { return tile >= begin && tile < end; }
 };
 
 // Address of a sequence's first row at one head; elements of 16 bits.
@@ -283,7 +264,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       __syncthreads();
       if (own.has(tile)) {
         if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
-        const bool boundary = j0 < own.common_begin || j0 + kKeys > own.common_end;
+        const bool boundary = own.hides(j0, j0 + kKeys);
         if (boundary) hide_invisible<false>(state.s, p, sequence, warp_row0, j0);
         if (Traits::kExtras || boundary) state.take_max();
         state.softmax.update_max(state.top, state.out, factor);

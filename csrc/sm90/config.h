@@ -1,0 +1,34 @@
+// Tile sizes of the wgmma kernels: one table a pass, the reason beside each number.
+#pragma once
+
+namespace hf_flash::sm90 {
+
+struct ForwardConfig {
+  int warpgroups;  // consumers, 64 query rows each
+  int keys;        // keys a tile
+  int stages;      // tiles of K, and as many of V, in shared memory
+  int q_stages;    // tiles of Q: with 2 the next one arrives while this one is at work
+  bool turns;      // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+};
+
+constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, bool small) {
+#ifdef HF_FLASH_SM90_FORWARD_CONFIG  // for sweeps
+  return HF_FLASH_SM90_FORWARD_CONFIG;
+#endif
+  // Extras need registers for themselves; beside D 192 and 256 few are left.
+  if (extras) return {2, head_dim <= 128 ? 64 : 32, 2, 1, true};
+  // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, not for dropout's masks beside them.
+  // Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
+  if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true};
+  if (head_dim <= 64) return {2, 128, 4, 2, true};
+  // Here the products take longer than the softmax and hide it without turns, 6 % faster than with them at S 16384.
+  if (head_dim <= 128) return {2, 128, 2, 2, false};
+  if (head_dim <= 192) return {2, 96, 2, 1, true};
+  return {2, dropout ? 64 : 80, 2, 1, true};
+}
+
+// Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536.
+constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }
+constexpr int consumer_registers(int warpgroups) { return warpgroups == 2 ? 240 : 160; }
+
+}  // namespace hf_flash::sm90

@@ -1,0 +1,353 @@
+// Forward for Hopper: FlashAttention-3 (Shah et al. 2024) with TMA and wgmma. A CTA stays on its SM and takes one tile
+// of query rows after the other. One producer warp copies Q, K and V into rings of shared memory; each consumer
+// warpgroup owns 64 of the rows. While the exponentials of key tile j are taken, the tensor cores already multiply Q by
+// the keys of tile j - 1, and the warpgroups take turns at them, so that one's softmax hides behind the others'
+// products.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "attention/dropout_fragment.cuh"
+#include "attention/schedule.cuh"
+#include "attention/score.cuh"
+#include "attention/softmax.cuh"
+#include "instructions/tma.cuh"
+#include "instructions/warpgroup.cuh"
+#include "portable/cuda_call.h"
+#include "sm90/forward_layout.cuh"
+#include "tile/store.cuh"
+
+namespace hf_flash::sm90 {
+
+// By a warp: the rows of a plan, which see no key.
+template <class Traits>
+__device__ __forceinline__ void store_nothing(const AttentionParams& p, const ForwardPlan<Traits>& plan) {
+  const int lane = threadIdx.x % 32, end = min(plan.row0 + Traits::kRows, plan.sequence.len_q);
+  const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[plan.head] : -CUDART_INF_F;
+  for (int row = plan.row0; row < end; ++row) {
+    const int64_t place = plan.sequence.first_q + row;
+    uint16_t* out = static_cast<uint16_t*>(p.out.data) + plan.batch * p.out.batch + plan.head * p.out.head;
+    if (8 * lane < p.head_dim_v) *reinterpret_cast<uint4*>(out + place * p.out.row + 8 * lane) = uint4{0, 0, 0, 0};
+    float* lse = static_cast<float*>(p.lse.data) + plan.batch * p.lse.batch + plan.head * p.lse.head;
+    if (lane == 0) lse[place] = plan.sequence.computes(row) ? sink : -CUDART_INF_F;
+  }
+}
+
+// The planning warp looks one or two pieces of work ahead: what it reads from memory costs nobody any time.
+template <class Traits>
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
+                                           const ForwardShared<Traits>& shared) {
+  uint32_t n = 0;  // pieces of work so far
+  for (int round = 0;; ++round) {
+    const PersistentSchedule::Work work = schedule.work(round);
+    const bool last = work.tile < 0;
+    const Sequence sequence(p, last ? 0 : work.batch);
+    // A shorter sequence than the longest, or no work in this round.
+    if (!last && work.tile * Traits::kRows >= sequence.len_q) continue;
+    shared.q.wait_empty(n);
+    shared.plan(n).make(p, sequence, work);
+    __syncwarp();
+    if (!last && shared.plan(n).tiles.empty()) {
+      store_nothing(p, shared.plan(n));
+      __syncwarp();
+      continue;
+    }
+    if (elect_one()) mbarrier_arrive(shared.planned.full(n));
+    if (last) return;
+    ++n;
+  }
+}
+
+// The producer warp: for each plan Q, then the key tiles from the last to the first. V of a tile follows K of the tile
+// before it, in the order in which the consumers need them.
+template <class Traits>
+__device__ __forceinline__ void produce(const AttentionParams& p, const ForwardMaps& maps,
+                                        const ForwardShared<Traits>& shared) {
+  using KVTile = typename Traits::KVTile;
+  uint32_t tiles = 0, landed_parity = 0;  // key tiles so far
+  const bool leader = elect_one();
+
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const ForwardPlan<Traits>& plan = shared.plan(n);
+    const int begin = uniform(plan.tiles.begin), end = uniform(plan.tiles.end);
+    if (plan.row0 < 0) {
+      if (leader) mbarrier_arrive(shared.q.full(n));
+      return;
+    }
+    if (leader) {
+      mbarrier_arrive_expect_bytes(shared.q.full(n), Traits::QTile::kBytes);
+      load_tile<typename Traits::QTile>(shared.q_tile(n), maps.q, shared.q.full(n), plan.sequence.first_q + plan.row0,
+                                        coordinate_of(p.q.head, plan.head), coordinate_of(p.q.batch, plan.batch));
+    }
+
+    const int kv_head = plan.head / (p.heads_q / p.heads_k);
+    const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t barrier, int j0) {
+      if (!leader) return;
+      mbarrier_arrive_expect_bytes(barrier, KVTile::kBytes);
+      load_tile<KVTile>(tile, map, barrier, plan.sequence.first_k + j0, coordinate_of(rows.head, kv_head),
+                        coordinate_of(rows.batch, plan.batch));
+    };
+    const auto load_k = [&](int tile, uint32_t place) {
+      shared.k.wait_empty(place);
+      load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
+    };
+    // Rows of other sequences or of padding must not reach P V: 0 * NaN. What lies past the tensor is zero already.
+    const auto load_v = [&](int tile) {
+      const int j0 = tile * Traits::kKeys;
+      const bool clean = j0 < plan.sequence.key_begin || j0 + Traits::kKeys > plan.zero_from;
+      shared.v.wait_empty(tiles);
+      load(shared.v_tile(tiles), maps.v, p.v, clean ? shared.landed : shared.v.full(tiles), j0);
+      if (clean) {
+        mbarrier_wait(shared.landed, landed_parity);
+        landed_parity ^= 1;
+        zero_rows_outside<KVTile>(shared.v_tile(tiles), plan.sequence.key_begin - j0, plan.sequence.key_end - j0);
+        fence_async_proxy();
+        __syncwarp();
+        if (leader) mbarrier_arrive(shared.v.full(tiles));
+      }
+      ++tiles;
+    };
+    load_k(end - 1, tiles);
+    for (int tile = end - 1; tile > begin; --tile) {
+      load_k(tile - 1, tiles + 1);
+      load_v(tile);
+    }
+    load_v(begin);
+  }
+}
+
+// What one consumer warpgroup holds in registers, and the steps of the algorithm on it.
+template <class Traits>
+struct ForwardWarpgroup {
+  using T = typename Traits::T;
+  static constexpr int kKeys = Traits::kKeys;
+
+  const AttentionParams& p;
+  const ForwardShared<Traits>& shared;
+  const int warpgroup;
+  const float factor;  // scores count as s * factor in log2 units; with extras they are brought there first
+  Accumulator<16, kKeys> s;
+  OperandA<16, kKeys> probabilities;
+  Accumulator<16, Traits::kHeadDim> out;
+  OnlineSoftmax<16> softmax;
+  FragmentDropout<false> dropout;
+
+  __device__ ForwardWarpgroup(const AttentionParams& p, const ForwardShared<Traits>& shared, int warpgroup)
+      : p(p),
+        shared(shared),
+        warpgroup(warpgroup),
+        factor(Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E),
+        dropout(p, 0) {}
+
+  // Turns at the tensor cores go round the warpgroups.
+  __device__ __forceinline__ void wait_for_turn() const {
+    if (Traits::kConfig.turns) named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    const int next = warpgroup + 1 < Traits::kWarpgroups ? warpgroup + 1 : 0;
+    if (Traits::kConfig.turns) named_barrier_arrive(1 + next, 2 * kWarpgroupThreads);
+  }
+
+  // The rings' places of the tiles.
+  __device__ __forceinline__ void start_scores(uint32_t q_place, uint32_t place) {
+    const uint64_t q = Traits::QTile::descriptor(shared.q_tile(q_place) + warpgroup * 64 * 128);
+    const uint64_t k = Traits::KVTile::descriptor(shared.k_tile(place));
+    wgmma_fence();
+    start_multiply_by_transpose<T, Traits::kHeadDim, typename Traits::QTile, typename Traits::KVTile>(s, q, k);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void start_output(uint32_t place) {
+    const uint64_t v = Traits::KVTile::descriptor(shared.v_tile(place));
+    wgmma_fence();
+    start_multiply<T, typename Traits::KVTile>(out, probabilities, v);
+    wgmma_commit();
+  }
+
+  // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout draws. Returns
+  // whether out must be multiplied by `correction`.
+  __device__ __forceinline__ bool exponentiate(const ForwardPlan<Traits>& plan, int tile, bool boundary,
+                                               RowVector<16>& correction, DropoutTile<Traits>& kept) {
+    const int j0 = tile * kKeys, row0 = first_row(plan);
+    if constexpr (Traits::kExtras) {
+      ScoreExtras<T, false>(p, plan.batch, plan.head).apply(s, plan.sequence, row0, j0);
+    }
+    if (boundary) hide_invisible<false>(s, p, plan.sequence, row0, j0);
+    RowVector<16> top;
+    take_lane_max(top, s, 0, kKeys / 8);
+    const bool moved = softmax.raise_max(top, factor, correction);
+    if constexpr (Traits::kDropout) {
+      dropout.batch_head = plan.batch * p.heads_q + plan.head;
+#pragma unroll
+      for (int n = 0; n < DropoutTile<Traits>::kDraws; ++n) {
+        if (drops()) kept.draw(dropout, row0 / 16, j0 / 16, n);
+        softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n);
+      }
+    } else {
+      softmax.exponentiate(s, factor, 0, kKeys / 8);
+    }
+    return moved;
+  }
+
+  // Does something of the tile have to be hidden from some of this warpgroup's rows?
+  __device__ __forceinline__ bool has_boundary(const ForwardPlan<Traits>& plan, int tile) const {
+    return plan.own[warpgroup].hides(tile * kKeys, (tile + 1) * kKeys);
+  }
+
+  __device__ __forceinline__ bool drops() const { return Traits::kDropout && (!Traits::kExtras || dropout.keep < 256); }
+
+  // Rounds the probabilities for P V; zeroes what dropout drops.
+  __device__ __forceinline__ void round_probabilities(const DropoutTile<Traits>& kept) {
+    to_operand<T>(probabilities, s, 0);
+    if (drops()) kept.apply(probabilities);
+  }
+
+  // The first of this warp's 16 rows.
+  __device__ __forceinline__ int first_row(const ForwardPlan<Traits>& plan) const {
+    return plan.row0 + 64 * warpgroup + 16 * static_cast<int>(threadIdx.x / 32 % 4);
+  }
+
+  // out / sum, rounded, and lse of this warp's rows; softmax is the rows' final state.
+  __device__ __forceinline__ void store(const ForwardPlan<Traits>& plan, const OnlineSoftmax<16>& final) {
+    const Sequence& sequence = plan.sequence;
+    const int row0 = first_row(plan);
+    const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[plan.head] * kLog2E : -CUDART_INF_F;
+    float* lse = static_cast<float*>(p.lse.data) + plan.batch * p.lse.batch + plan.head * p.lse.head + sequence.first_q;
+#pragma unroll
+    for (int i = 0; i < RowVector<16>::kCount; ++i) {
+      const int row = row0 + RowVector<16>::row(i);
+      float row_lse;
+      float inverse = final.finish(i, sink, row_lse);
+      if (!sequence.computes(row)) inverse = 0.0f, row_lse = -CUDART_INF_F;
+      if (Traits::kDropout) inverse *= 256.0f / p.dropout_keep;
+      if (lane_col() == 0 && row < sequence.len_q) lse[row] = row_lse;
+#pragma unroll
+      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
+          out.x[0][n][e] = inverse == 0.0f ? 0.0f : out.x[0][n][e] * inverse;
+        }
+      }
+    }
+    T* rows = static_cast<T*>(p.out.data) + plan.batch * p.out.batch + (sequence.first_q + row0) * p.out.row +
+              plan.head * p.out.head;
+    store_fragment<T>(rows, p.out.row, p.head_dim_v, out, 0, sequence.len_q - row0);
+  }
+};
+
+// The tiles of all pieces of work form one stream. A step computes the scores of the next tile, be it of the next piece
+// of work, while P V of the current one is under way. Between the start of a product and its wait no branch may hide
+// another one: ptxas would let them run one after the other.
+template <class Traits>
+__device__ __forceinline__ void consume(const AttentionParams& p, const ForwardShared<Traits>& shared, int warpgroup) {
+  ForwardWarpgroup<Traits> state(p, shared, warpgroup);
+  if (warpgroup == Traits::kWarpgroups - 1) state.pass_turn();  // the first turn is the first warpgroup's
+  uint32_t n = 0, tiles = 0;                                    // pieces of work and key tiles: places in the rings
+  shared.q.wait_full(n);
+  const ForwardPlan<Traits>* plan = &shared.plan(n);
+  if (plan->row0 < 0) return;
+  int tile = plan->tiles.end - 1;
+  RowVector<16> correction;
+  DropoutTile<Traits> kept = {};
+
+  shared.k.wait_full(tiles);
+  state.wait_for_turn();
+  state.start_scores(n, tiles);
+  state.pass_turn();
+  state.out.clear();
+  wgmma_wait<0>();
+  wgmma_settle(state.s);
+  shared.k.release(tiles);
+  if (tile == plan->tiles.begin) shared.q.release(n);
+  state.exponentiate(*plan, tile, state.has_boundary(*plan, tile), correction, kept);
+  state.round_probabilities(kept);
+
+  for (;; ++tiles) {
+    const ForwardPlan<Traits>* const current = plan;
+    const bool ends = tile == plan->tiles.begin;
+    --tile;
+    if (ends) {
+      shared.q.wait_full(++n);
+      plan = &shared.plan(n);
+      if (plan->row0 < 0) break;
+      tile = plan->tiles.end - 1;
+    }
+    shared.k.wait_full(tiles + 1);
+    state.wait_for_turn();
+    state.start_scores(n, tiles + 1);
+    shared.v.wait_full(tiles);
+    state.start_output(tiles);
+    state.pass_turn();
+    const OnlineSoftmax<16> final = state.softmax;
+    if (ends) state.softmax = OnlineSoftmax<16>();
+    const bool boundary = state.has_boundary(*plan, tile);
+    const bool last = tile == plan->tiles.begin;
+    wgmma_wait<1>();
+    wgmma_settle(state.s);
+    shared.k.release(tiles + 1);
+    if (last) shared.q.release(n);
+    const bool moved = state.exponentiate(*plan, tile, boundary, correction, kept);
+    wgmma_wait<0>();
+    wgmma_settle(state.out);
+    shared.v.release(tiles);
+    if (ends) {
+      state.store(*current, final);
+      state.out.clear();
+    } else if (moved) {
+      OnlineSoftmax<16>::rescale(state.out, correction);
+    }
+    state.round_probabilities(kept);
+  }
+
+  shared.v.wait_full(tiles);
+  state.start_output(tiles);
+  wgmma_wait<0>();
+  wgmma_settle(state.out);
+  state.store(shared.plan(n - 1), state.softmax);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ ForwardMaps maps,
+                   const __grid_constant__ PersistentSchedule schedule) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  const ForwardShared<Traits> shared(shared_memory);
+  const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
+  if (threadIdx.x == 0) {
+    shared.init();
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (warpgroup == Traits::kWarpgroups) {
+    give_registers_back<Traits::kProducerRegisters>();
+    const int warp = uniform(threadIdx.x / 32 % 4);
+    if (warp == 0) produce(p, maps, shared);
+    if (warp == 1) make_plans(p, schedule, shared);
+  } else {
+    take_registers<Traits::kConsumerRegisters>();
+    consume(p, shared, warpgroup);
+  }
+}
+
+template <class Traits>
+void launch_forward(const AttentionParams& p, cudaStream_t stream) {
+  const auto kernel = forward_kernel<Traits>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ForwardShared<Traits>::kBytes),
+        "shared memory of the forward kernel");
+  const int multiprocessors = multiprocessor_count();
+  const PersistentSchedule schedule = forward_schedule(p, Traits::kRows, multiprocessors);
+  if (schedule.works() == 0) return;
+  if (schedule.works() > INT32_MAX - (1 << 20))
+    throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
+  const ForwardMaps maps(p, Traits::kRows, Traits::kKeys);
+  const int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
+  kernel<<<ctas, Traits::kThreads, ForwardShared<Traits>::kBytes, stream>>>(p, maps, schedule);
+  check_launch("forward");
+}
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_forward(const AttentionParams& p, cudaStream_t stream) {
+  launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);
+}
+
+}  // namespace hf_flash::sm90

@@ -1,0 +1,191 @@
+// How the forward divides its work: tiles, shared memory, and what the producer tells the consumers about a piece of
+// it.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+
+#include "attention/dropout_fragment.cuh"
+#include "attention/schedule.cuh"
+#include "attention/tile_range.cuh"
+#include "instructions/tma.cuh"
+#include "portable/cuda_call.h"
+#include "sm90/config.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/tensor_map.h"
+#include "tile/swizzled_tile.cuh"
+
+namespace hf_flash::sm90 {
+
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS, bool SMALL>
+struct ForwardTraits {
+  using T = ELEMENT;
+  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, EXTRAS, SMALL);
+  static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr bool kExtras = EXTRAS;
+  static constexpr int kWarpgroups = kConfig.warpgroups;
+  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kKeys = kConfig.keys;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kProducerRegisters = producer_registers(kWarpgroups);
+  static constexpr int kConsumerRegisters = consumer_registers(kWarpgroups);
+  static_assert(!DROPOUT || kKeys % 32 == 0 || HEAD_DIM > 128);
+  using QTile = SwizzledTile<kRows, HEAD_DIM>;
+  using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
+  using QRing = Ring<kConfig.q_stages>;
+  using KVRing = Ring<kConfig.stages>;
+  // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
+  static constexpr int kPlans = 4;
+
+  // Shared memory: Q, K, V, plans, barriers.
+  static constexpr int kK = kConfig.q_stages * QTile::kBytes;
+  static constexpr int kV = kK + kConfig.stages * KVTile::kBytes;
+  static constexpr int kPlan = kV + kConfig.stages * KVTile::kBytes;
+};
+
+// A piece of work: one tile of query rows of one head.
+template <class Traits>
+struct ForwardPlan {
+  int row0, head, batch;  // row0 = -1: there is no more
+  int zero_from;          // V's rows from here on hold something else, if they lie inside the tensor
+  Sequence sequence;
+  TileRange tiles;  // of the CTA
+  TileRange own[Traits::kWarpgroups];
+
+  // By a warp: each lane works out a part.
+  __device__ void make(const AttentionParams& p, const Sequence& s, const PersistentSchedule::Work& work) {
+    const int lane = threadIdx.x % 32;
+    const int begin = work.tile * Traits::kRows;
+    const bool all = lane == Traits::kWarpgroups;
+    if (lane <= Traits::kWarpgroups) {
+      const int from = begin + (all ? 0 : 64 * lane);
+      TileRange range(p, s, from, from + (all ? Traits::kRows : 64), Traits::kKeys);
+      if (work.tile < 0) range = TileRange();
+      // Rows that are not computed may become anything: nothing is hidden from them.
+      if (from >= s.query_end || from + 64 <= s.query_begin) range.common_begin = INT_MIN, range.common_end = INT_MAX;
+      (all ? tiles : own[lane]) = range;
+    }
+    if (lane == 0) {
+      row0 = work.tile < 0 ? -1 : begin;
+      head = work.head;
+      batch = work.batch;
+      sequence = s;
+      zero_from = s.key_end < p.seqlen_k || p.cu_seqlens_k != nullptr ? s.key_end : INT_MAX;
+    }
+  }
+};
+
+template <class Traits>
+struct ForwardShared {
+  static constexpr int kBarriers = (Traits::kPlan + Traits::kPlans * sizeof(ForwardPlan<Traits>) + 7) / 8 * 8;
+  static constexpr int kBytes = kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + 8;
+  static_assert(kBytes <= 227 * 1024);
+
+  char* memory;
+  uint32_t base;
+  typename Traits::QRing q, planned;  // of planned only the full barriers are used: a plan is free when Q is
+  typename Traits::KVRing k, v;
+  uint32_t landed;  // barrier of V tiles that the producer must clean before anybody reads them
+
+  __device__ explicit ForwardShared(char* memory)
+      : memory(memory),
+        base(shared_address(memory)),
+        q(base + kBarriers),
+        planned(q.barriers + Traits::QRing::kBytes),
+        k(planned.barriers + Traits::QRing::kBytes),
+        v(k.barriers + Traits::KVRing::kBytes),
+        landed(v.barriers + Traits::KVRing::kBytes) {}
+
+  __device__ void init() const {
+    q.init(4 * Traits::kWarpgroups);
+    planned.init(1);
+    k.init(4 * Traits::kWarpgroups);
+    v.init(4 * Traits::kWarpgroups);
+    mbarrier_init(landed, 1);
+  }
+  // Of the work that is the work-th of this CTA.
+  __device__ ForwardPlan<Traits>& plan(uint32_t work) const {
+    return reinterpret_cast<ForwardPlan<Traits>*>(memory + Traits::kPlan)[work % Traits::kPlans];
+  }
+  __device__ uint32_t q_tile(uint32_t place) const {
+    return base + Traits::QRing::stage(place) * Traits::QTile::kBytes;
+  }
+  __device__ uint32_t k_tile(uint32_t place) const {
+    return base + Traits::kK + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
+  }
+  __device__ uint32_t v_tile(uint32_t place) const {
+    return base + Traits::kV + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
+  }
+};
+
+// What dropout keeps of one tile of a warp, as masks of packed pairs: two 16 x 16 blocks side by side a draw.
+template <class Traits>
+struct DropoutTile {
+  static constexpr int kBlocks = Traits::kKeys / 16, kDraws = (kBlocks + 1) / 2;
+  uint32_t mask[Traits::kDropout ? 2 * kDraws : 1][4];
+
+  // The draw that serves keys 32 n .. 32 n + 31 of the tile.
+  __device__ __forceinline__ void draw(const FragmentDropout<false>& dropout, int i_block, int j_block, int n) {
+    const DropoutWords words = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
+    dropout.masks(mask[2 * n], words, 0);
+    dropout.masks(mask[2 * n + 1], words, 1);
+  }
+  __device__ __forceinline__ void apply(OperandA<16, Traits::kKeys>& probabilities) const {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) probabilities.x[0][block][x] &= mask[block][x];
+    }
+  }
+};
+
+struct ForwardMaps {
+  CUtensorMap q, k, v;
+
+  ForwardMaps(const AttentionParams& p, int rows, int keys) {
+    const int batch = p.packed() ? 1 : p.batch;
+    const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
+    q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, rows);
+    k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
+    v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+  }
+};
+
+// Starts the copy of a tile, from a row on, one box for each 64 columns.
+template <class Tile>
+__device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int row, int head,
+                                          int batch) {
+#pragma unroll
+  for (int block = 0; block < Tile::kBlocks; ++block)
+    tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, 64 * block, row, head, batch);
+}
+
+// A warp zeroes the rows of a tile outside [begin, end).
+template <class Tile>
+__device__ __forceinline__ void zero_rows_outside(uint32_t tile, int begin, int end) {
+  for (int n = threadIdx.x % 32; n < Tile::kBytes / 16; n += 32) {
+    const int row = n / 8 % Tile::kRows;
+    if (row < begin || row >= end) store_shared_16_bytes(tile + 16 * n, uint4{0, 0, 0, 0});
+  }
+}
+
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
+  PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};
+  if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
+    // As many heads as have their keys in the L2 cache, or so few that four CTAs at a time share the keys of each.
+    const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_k)} * (p.head_dim + p.head_dim_v);
+    const int64_t cached = (32 << 20) / bytes * (p.heads_q / p.heads_k);
+    schedule.sort_by_length(std::max<int64_t>(cached, ctas / 4), ctas);
+  }
+  return schedule;
+}
+
+}  // namespace hf_flash::sm90

@@ -1,0 +1,38 @@
+// Rings of stages in shared memory between one producer warp, which fills them by TMA, and consumer warps, which empty
+// them.
+#pragma once
+
+#include "instructions/mbarrier.cuh"
+
+namespace hf_flash::sm90 {
+
+// STAGES pairs of barriers at a shared address: full, empty, full, empty ... A place in the ring is the number of
+// stages that were filled before it: one register says which stage, and whether the round is odd.
+template <int STAGES>
+struct Ring {
+  static_assert((STAGES & (STAGES - 1)) == 0);
+  static constexpr int kBytes = 16 * STAGES;
+  uint32_t barriers;
+
+  __device__ explicit Ring(uint32_t barriers) : barriers(barriers) {}
+  __device__ static uint32_t stage(uint32_t place) { return place % STAGES; }
+  __device__ static uint32_t parity(uint32_t place) { return place / STAGES & 1; }
+  __device__ __forceinline__ uint32_t full(uint32_t place) const { return barriers + 16 * stage(place); }
+  __device__ __forceinline__ uint32_t empty(uint32_t place) const { return full(place) + 8; }
+
+  // By one thread, before anybody uses the ring.
+  __device__ void init(int consumers) const {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      mbarrier_init(barriers + 16 * stage, 1);
+      mbarrier_init(barriers + 16 * stage + 8, consumers);
+    }
+  }
+  __device__ __forceinline__ void wait_empty(uint32_t place) const { mbarrier_wait(empty(place), parity(place) ^ 1); }
+  __device__ __forceinline__ void wait_full(uint32_t place) const { mbarrier_wait(full(place), parity(place)); }
+  // A warp says that it is done with a stage.
+  __device__ __forceinline__ void release(uint32_t place) const {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(place));
+  }
+};
+
+}  // namespace hf_flash::sm90

@@ -1,0 +1,46 @@
+// Accumulators straight from registers to rows in global memory: the four lanes of a quad swap what they hold, so that
+// each writes 16 neighbouring bytes. No shared memory, no barrier, and any row may be the last.
+#pragma once
+
+#include "tile/fragment.cuh"
+
+namespace hf_flash {
+
+// Four lanes hold a 4 x 4 matrix, lane t its column t; afterwards lane t holds row t.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int t) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & step) continue;
+      const bool upper = t & step;
+      const uint32_t sent = upper ? x[low] : x[low | step];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
+      (upper ? x[low] : x[low | step]) = got;
+    }
+  }
+}
+
+// Rounds to T and writes rows [row_begin, row_end) of a warp's 16 rows and columns below head_dim; `rows` points at the
+// warp's row 0, row_elements is the stride of a row.
+template <class T, int COLS>
+__device__ __forceinline__ void store_fragment(void* rows, int64_t row_elements, int head_dim,
+                                               const Accumulator<16, COLS>& c, int row_begin, int row_end) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane_row() + 8 * r;
+    const bool inside = row >= row_begin && row < row_end;
+    char* to = static_cast<char*>(rows) + 2 * (row * row_elements + 8 * t);
+#pragma unroll
+    for (int n = 0; n < COLS / 8; n += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack<T>(c.x[0][n + i][2 * r], c.x[0][n + i][2 * r + 1]);
+      transpose_quad(x, t);
+      if (inside && 8 * (n + t) < head_dim) *reinterpret_cast<uint4*>(to + 16 * n) = uint4{x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+}  // namespace hf_flash
