@@ -207,4 +207,5 @@ def peers_of(case: Case, peers: list[Peer]) -> list[Peer]:
             names |= {"mem-efficient (torch)", "cuDNN (torch)"}
         return [peer for peer in here if peer.name in names]
     here = [peer for peer in here if peer.name != "FlexAttention" or case.S == 4096]  # for the compiler's time
-    return [peer for peer in here if peer.name != "standard" or (case.S <= 2048 and "packed" not in case.terms)]
+    heavy = case.section not in ("dropout", "padding", "bias") or case.S > 2048
+    return [peer for peer in here if peer.name != "standard" or not heavy]
