@@ -57,13 +57,13 @@ test-oldest: $(OLDEST)/.packages  ## BERT, GPT-2 and T5 on the oldest supported 
 	$(OLDEST)/bin/python -c "import transformers; assert transformers.__version__ == '$(OLDEST_TRANSFORMERS)', transformers.__version__"
 	$(OLDEST)/bin/python -m pytest -q -k "bert or gpt2 or t5" tests/transformers
 
-gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU
+gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU, with each architecture's kernels; HF_FLASH_ARCH=sm90: one's
 	$(PYTEST) -m "gpu and not sanitizer" tests
 
-sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels; needs a CUDA GPU
+sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels, likewise; needs a CUDA GPU
 	$(PYTEST) -m sanitizer tests
 
-bench: $(VENV)/.built  ## measure against the peers: the GPU's where there is one, else the CPU's
+bench: $(VENV)/.built  ## measure against the peers and the goals: on the GPU where there is one, else the CPU
 	$(PY) -m hf_flash bench
 
 lint: $(VENV)/.built  ## ruff and clang-format, changing nothing

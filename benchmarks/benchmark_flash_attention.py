@@ -4,82 +4,57 @@
     python benchmarks/benchmark_flash_attention.py --sections peers      # one section
 
 Sections: ``peers`` (16k tokens, hidden size 2048, lengths 512 to 16384), ``short`` (128 to 1024 in CUDA graphs),
-``dropout``, ``padding`` (mask and dropout, what BERT trains with), ``bias`` (T5's, with gradient), ``standard``
-(against standard attention, 128 to 65536, drawn into two plots) and ``host`` (host time of one small call).
-Times are medians of rounds in which the peers take turns.
+``d256``, ``dropout``, ``padding`` (mask and dropout, what BERT trains with), ``packed`` (ragged lengths), ``bias``
+(T5's, with gradient), ``extras`` (one term of the score at a time against our plain cell), ``arch`` (the mma.sync
+kernels, HF_FLASH_ARCH=sm80, beside what the GPU chooses), ``standard`` (against standard attention, 128 to 65536, drawn
+into two plots) and ``host`` (host time of one small call). Times are medians of rounds in which the peers take turns.
+At the end the rows are held against the goals of ``goals.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
-from itertools import product
+import time
 from pathlib import Path
 
 import torch
-from peers import Case, Peer, all_peers
+from cases import SECTIONS, Case, cases_of
+from peers import Peer, all_peers, peers_of
 from plots import draw
+from report import complaints, table, verdicts
 from timing import Measured, host_microseconds
 from tqdm import tqdm
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LONGEST_CELL_S = 6.0  # no further round is begun after this, so that the longest sequences get three
 
 
-def cases_of(section: str) -> list[Case]:
-    """The cells of a section."""
-    half, bfloat = torch.float16, torch.bfloat16
-    if section == "peers":
-        return [
-            Case(section, 16384 // s, s, 2048 // d, d, bfloat, causal=causal)
-            for d, causal, s in product((64, 128), (False, True), LENGTHS)
-        ]
-    if section == "short":
-        return [
-            Case(section, 16384 // s, s, 2048 // d, d, bfloat, causal=causal, graph=True)
-            for d, causal, s in product((64, 128), (False, True), (128, 256, 384, 512, 1024))
-        ]
-    if section == "dropout":
-        return [Case(section, 8, s, 12, 64, half, dropout=0.1) for s in LENGTHS]
-    if section == "padding":
-        return [Case(section, 8, s, 12, 64, half, dropout=0.1, padding=True) for s in LENGTHS]
-    if section == "bias":
-        return [Case(section, 8, s, 12, 64, half, bias=True) for s in LENGTHS[:4]]
-    if section == "standard":
-        variants = ({}, {"causal": True}, {"dropout": 0.1}, {"dropout": 0.1, "padding": True})
-        lengths = (128, 256, *LENGTHS, 32768, 65536)
-        return [Case(section, 8, s, 12, 64, half, **variant) for variant, s in product(variants, lengths)]
-    raise ValueError(f"unknown section {section!r}; sections are {', '.join(SECTIONS)} and host")
-
-
-SECTIONS = ("peers", "short", "dropout", "padding", "bias", "standard")
-
-
-def peers_of(case: Case, peers: list[Peer]) -> list[Peer]:
-    """Standard attention is the yardstick of its own section and hf_flash alone stands beside it there."""
-    if case.section == "standard":
-        return [peer for peer in peers if peer.name in ("hf_flash", "standard")]
-    return [peer for peer in peers if peer.name != "standard" or case.S <= 4096]
-
-
-def measure(case: Case, peers: list[Peer], rounds: int) -> list[dict]:
-    """Rows of one case. A peer that cannot compute it is left out; one that fails leaves its sentence."""
+def measure(case: Case, peers: list[Peer], rounds: int) -> tuple[list[dict], list[str]]:
+    """(rows, who is left out and why) of one case. A peer that fails leaves its sentence in a row."""
     case.build()
-    running, rows = {}, []
+    running, rows, left_out = {}, [], []
     for peer in peers_of(case, peers):
+        if reason := peer.cannot(case):
+            left_out.append(f"{case.section}: {peer.name} {reason}")
+            continue
+        measured = None
         try:
-            call = peer.prepare(case)
-            if call is None:
-                continue
-            measured = Measured(case, call)
+            measured = Measured(case, peer.prepare(case), peer.environment)
             measured.warm_up()
             running[peer.name] = measured
         except Exception as error:  # out of memory, or a case that the peer rejects: both belong into the table
-            rows.append({**head_of(case, peer.name), "error": str(error).splitlines()[0][:160]})
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            rows.append({**head_of(case, peer.name), "error": lines[0][:160]})
+            if measured is not None:
+                measured.release()
+            error.__traceback__ = None  # its frames hold tensors
             torch.cuda.empty_cache()
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() - begin > LONGEST_CELL_S:
+            break
         for measured in running.values():
             measured.sample()
     for name, measured in running.items():
@@ -98,7 +73,7 @@ def measure(case: Case, peers: list[Peer], rounds: int) -> list[dict]:
     running.clear()
     case.drop()
     torch.cuda.empty_cache()
-    return rows
+    return rows, left_out
 
 
 def head_of(case: Case, peer: str) -> dict:
@@ -116,12 +91,14 @@ def head_of(case: Case, peer: str) -> dict:
     }
 
 
-def host_rows() -> list[dict]:
+def host_rows(peers: list[Peer]) -> list[dict]:
     """Host time of one call at B1 H12 S128 D64, forward and forward + backward, in microseconds."""
     case = Case("host", 1, 128, 12, 64, torch.float16)
     case.build()
     rows = []
-    for peer in all_peers(flex=False)[:2]:
+    for peer in peers:
+        if peer.name not in ("hf_flash", "sdpa (dispatch)"):
+            continue
         call = peer.prepare(case)
 
         def both(call=call):
@@ -150,78 +127,68 @@ def machine() -> dict:
     }
 
 
-def print_table(rows: list[dict]) -> None:
-    """One line a case, forward/backward TFLOP/s a peer, the best of the others as ratio at the end."""
-    cells: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        if "fwd_tflops" in row:
-            cells.setdefault((row["section"], row["D"], row["variant"], row["S"]), {})[row["peer"]] = row
-    names = list(dict.fromkeys(row["peer"] for row in rows if "fwd_tflops" in row))
-    if not cells:
-        return
-    print(f"\n{'section':9} {'D':>3} {'variant':22} {'S':>6} " + " ".join(f"{name[:13]:>13}" for name in names))
-    for (section, d, variant, s), by_peer in cells.items():
-        values = (
-            f"{by_peer[n]['fwd_tflops']:>6.0f}/{by_peer[n]['bwd_tflops']:<6.0f}" if n in by_peer else " " * 13
-            for n in names
-        )
-        print(f"{section:9} {d:>3} {variant:22} {s:>6} " + " ".join(values))
-    print("forward/backward TFLOP/s; the backward counts 2.5 times the forward's operations\n")
-    for section in dict.fromkeys(key[0] for key in cells):
-        for name in names[1:]:
-            print_ratios(section, name, [by for key, by in cells.items() if key[0] == section])
+def write(rows: list[dict], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def print_ratios(section: str, name: str, cells: list[dict[str, dict]]) -> None:
-    pairs = [(by["hf_flash"], by[name]) for by in cells if "hf_flash" in by and name in by]
-    if not pairs:
-        return
-    columns = []
-    for label, value in (
-        ("forward", lambda row: row["fwd_ms"]),
-        ("backward", lambda row: row["bwd_ms"]),
-        ("both", lambda row: row["fwd_ms"] + row["bwd_ms"]),
-        ("memory", lambda row: row["peak_mib"]),
-    ):
-        ratios = [value(other) / max(value(own), 1e-9) for own, other in pairs]
-        mean = math.exp(sum(math.log(max(r, 1e-9)) for r in ratios) / len(ratios))
-        columns.append(f"{label} {mean:5.2f} (least {min(ratios):.2f})")
-    print(f"{section:9} against {name:22} geometric means: " + ", ".join(columns))
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", default=[*SECTIONS, "host"], choices=[*SECTIONS, "host"])
     parser.add_argument("--rounds", type=int, default=7, help="samples a cell and peer (default 7)")
     parser.add_argument("--lengths", type=int, nargs="+", help="only these sequence lengths")
+    parser.add_argument("--head-dims", type=int, nargs="+", help="only these head dimensions")
     parser.add_argument("--peers", nargs="+", help="only peers whose name contains one of these words")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it compiles for a while)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder for JSON and plots")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--judge", type=Path, metavar="ROWS", help="measure nothing: print what such a file's rows say")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if not arguments.judge and not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU; benchmarks/benchmark_cpu.py measures the CPU kernel")
-    peers = all_peers(flex=not args.no_flex)
-    if args.peers:
-        peers = [p for p in peers if p.name == "hf_flash" or any(word in p.name for word in args.peers)]
-    cases = [case for section in args.sections if section != "host" for case in cases_of(section)]
-    cases = [case for case in cases if not args.lengths or case.S in args.lengths]
+    return arguments
 
-    rows = [row for case in tqdm(cases, desc="cells", unit="cell") for row in measure(case, peers, args.rounds)]
-    if "host" in args.sections:
-        rows += host_rows()
-    args.output.mkdir(parents=True, exist_ok=True)
-    head = machine()
-    with open(args.output / "rows.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in [head, *rows])
-    print_table(rows)
-    for row in rows:
-        if "fwd_us" in row:
-            print(f"host time, one call: {row['peer']:16} forward {row['fwd_us']} us, both {row['both_us']} us")
-        if "error" in row:
-            print(f"failed: {row['section']} {row['variant']} D{row['D']} S{row['S']} {row['peer']}: {row['error']}")
-    for path in draw(rows, args.output, head["gpu"]) if "standard" in args.sections else ():
+
+def measure_all(arguments: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    """Rows of every cell asked for, written to disk as they come, and who was left out."""
+    peers, missing = all_peers(flex=not arguments.no_flex)
+    if arguments.peers:
+        peers = [p for p in peers if p.name == "hf_flash" or any(word in p.name for word in arguments.peers)]
+    cases = [case for section in arguments.sections if section != "host" for case in cases_of(section)]
+    cases = [case for case in cases if not arguments.lengths or case.S in arguments.lengths]
+    cases = [case for case in cases if not arguments.head_dims or case.D in arguments.head_dims]
+    rows, left_out = [machine()], [f"{name}: cannot be imported: {reason}" for name, reason in missing.items()]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for case in (bar := tqdm(cases, desc="cells", unit="cell")):
+            bar.set_postfix_str(f"{case.section} D{case.D} S{case.S} {case.variant}", refresh=False)
+            found, without = measure(case, peers, arguments.rounds)
+            rows += found
+            left_out += without
+            write(rows, arguments.output)
+        if "host" in arguments.sections:
+            rows += host_rows(peers)
+    return rows, list(dict.fromkeys(left_out))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    began = time.perf_counter()
+    if arguments.judge:
+        rows, left_out = [json.loads(line) for line in arguments.judge.read_text().splitlines()], []
+    else:
+        rows, left_out = measure_all(arguments)
+    head, *rows = rows
+    text = "\n".join([*table(rows), *complaints(rows, left_out), *verdicts(rows)])
+    print(text)
+    if arguments.judge:
+        return
+    (arguments.output / "report.txt").write_text(text + "\n")
+    for path in draw(rows, arguments.output, head["gpu"]) if "standard" in arguments.sections else ():
         print(f"wrote {path}")
-    print(f"wrote {args.output / 'rows.jsonl'}")
+    print(f"wrote {write([head, *rows], arguments.output)} in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,120 +1,111 @@
-"""The attention implementations that the benchmark compares, each behind one call on (B, S, H, D) tensors."""
+"""The attention implementations that the benchmark compares, each behind one call on the tensors of a case."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from cases import RAGGED, Case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-@dataclass
-class Case:
-    """One cell: shapes, what is in the score, and the tensors once :meth:`build` made them."""
-
-    section: str
-    B: int
-    S: int
-    H: int
-    D: int
-    dtype: torch.dtype
-    causal: bool = False
-    dropout: float = 0.0
-    padding: bool = False  # lengths from S/2 to S
-    bias: bool = False  # (1, H, S, S) with gradient
-    graph: bool = False  # timed inside a CUDA graph, so that host time does not count
-    inputs: tuple = field(default=(), repr=False)
-
-    @property
-    def variant(self) -> str:
-        names = ("causal", "dropout", "padding", "bias", "graph")
-        return "+".join(name for name in names if getattr(self, name)) or "plain"
-
-    @property
-    def flops(self) -> float:
-        """Of the forward, by the field's count: 4 B H S S D, half of it when causal; padding counted as dense."""
-        return 4 * self.B * self.H * self.S**2 * self.D / (2 if self.causal else 1)
-
-    def build(self) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        shape = (self.B, self.S, self.H, self.D)
-        draw = lambda *size: torch.randn(*size, device="cuda", dtype=self.dtype, generator=generator)  # noqa: E731
-        self.q, self.k, self.v = (draw(*shape).requires_grad_() for _ in range(3))
-        self.dout = draw(*shape)
-        self.inputs = (self.q, self.k, self.v)
-        self.lengths = torch.linspace(self.S // 2, self.S, self.B, device="cuda").to(torch.int32)
-        self.key_range = torch.stack((torch.zeros_like(self.lengths), self.lengths), 1).contiguous()
-        if self.bias:
-            self.bias_values = draw(1, self.H, self.S, self.S).requires_grad_()
-            self.inputs += (self.bias_values,)
-
-    def drop(self) -> None:
-        for name in ("q", "k", "v", "dout", "inputs", "lengths", "key_range", "bias_values"):
-            self.__dict__.pop(name, None)
-
-    @property
-    def visible(self) -> torch.Tensor:
-        """(B, 1, S, S) bool, the mask that Transformers hands to scaled_dot_product_attention."""
-        columns = torch.arange(self.S, device="cuda") < self.lengths[:, None]
-        return columns[:, None, None, :].expand(self.B, 1, self.S, self.S)
+# What a peer cannot compute, by the term of a case, in the words that the report prints.
+NO_DROPOUT = {"dropout": "has no dropout"}
+NO_MASK = {"padding": "takes no mask"}
+NO_BIAS = {"bias": "takes no bias", "fixed bias": "takes no bias", "alibi": "has no ALiBi"}
+NOT_PACKED = {"packed": "takes no packed batch"}
+NO_CHOICE = {"deterministic": "has no deterministic mode to choose"}
 
 
 @dataclass
 class Peer:
-    """``prepare(case)`` returns the function to time, or None where the peer cannot compute the case."""
+    """``prepare(case)`` returns the function to time.
+
+    Every tensor of the autograd graph must be made inside that function: what is made before has the stream of then,
+    and a CUDA graph that meets another stream in its backward cannot be captured. lacks: term of a case -> why this
+    peer cannot compute it. sections: where alone it runs; empty for everywhere. environment: set around each call.
+    """
 
     name: str
-    prepare: Callable[[Case], Callable[[], torch.Tensor] | None]
+    prepare: Callable[[Case], Callable[[], torch.Tensor]]
+    lacks: dict[str, str] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def cannot(self, case: Case) -> str | None:
+        """Why this peer is left out of a case that its section has it in, or None."""
+        return next((self.lacks[term] for term in case.uses if term in self.lacks), None)
 
 
 def _hf_flash(case: Case):
     import hf_flash
 
-    keywords = {"causal": case.causal, "dropout_p": case.dropout}
-    if case.padding:
+    keywords = {"causal": case.causal, "dropout_p": case.dropout, "deterministic": "deterministic" in case.terms}
+    if "padding" in case.terms:
         keywords["key_range"] = case.key_range
-    if case.bias:
-        keywords["bias"] = case.bias_values
+    if "packed" in case.terms:
+        keywords |= {"cu_seqlens_q": case.cu_seqlens, "cu_seqlens_k": case.cu_seqlens}
+        keywords |= {"max_seqlen_q": max(RAGGED), "max_seqlen_k": max(RAGGED)}
+    if "alibi" in case.terms:
+        keywords["alibi_slopes"] = case.slopes
+    if "bias" in case.terms or "fixed bias" in case.terms:
+        keywords["bias"] = case.bias
     return lambda: hf_flash.flash_attention(case.q, case.k, case.v, **keywords)
 
 
-def _sdpa(backend: SDPBackend, masks: bool, bias: bool):
+def _sdpa(backend: SDPBackend | None):
+    """scaled_dot_product_attention through one backend; None: as PyTorch dispatches it."""
+
     def prepare(case: Case):
-        if (case.padding and not masks) or (case.bias and not bias):
-            return None
-        q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
-        mask = case.visible if case.padding else (case.bias_values if case.bias else None)
-        if case.bias and backend == SDPBackend.EFFICIENT_ATTENTION:
-            mask = mask.expand(case.B, -1, -1, -1)
+        mask = case.visible if "padding" in case.terms else None
+
+        def attend():
+            q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
+            bias = mask
+            if "bias" in case.terms or "fixed bias" in case.terms:
+                bias = case.bias.expand(case.B, -1, -1, -1)  # a view; mem-efficient takes no size 1 for B
+            out = F.scaled_dot_product_attention(q, k, v, bias, case.dropout, is_causal=case.causal)
+            return out.transpose(1, 2)
 
         def call():
             with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v, mask, case.dropout, is_causal=case.causal)
-            return out.transpose(1, 2)
+                return attend()
 
-        return call
+        return call if backend is not None else attend
 
     return prepare
+
+
+def _torch_flash(case: Case):
+    """PyTorch's flash backend; a packed batch through torch.nn.attention.varlen."""
+    if "packed" not in case.terms:
+        return _sdpa(SDPBackend.FLASH_ATTENTION)(case)
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = "window_size" in inspect.signature(varlen_attn).parameters  # newer releases; is_causal before
+    causal = {"window_size": (-1, 0 if case.causal else -1)} if window else {"is_causal": case.causal}
+    starts, longest = case.cu_seqlens, max(RAGGED)
+    return lambda: varlen_attn(case.q, case.k, case.v, starts, starts, longest, longest, **causal)
 
 
 def _standard(case: Case):
     """Attention as the textbook and the eager models write it."""
     if case.B * case.H * case.S**2 * 2 > 14e9:  # several matrices of this size are alive at once
-        return None
+        raise NotImplementedError("would hold several matrices of B H S S elements, more than 14 GB each")
     mask = None
-    if case.padding:
+    if "padding" in case.terms:
         mask = ~case.visible
     if case.causal:
         mask = torch.ones(case.S, case.S, dtype=torch.bool, device="cuda").triu(1)
 
     def call():
         scores = torch.einsum("bihd,bjhd->bhij", case.q, case.k) / math.sqrt(case.D)
-        if case.bias:
-            scores = scores + case.bias_values
+        if "bias" in case.terms or "fixed bias" in case.terms:
+            scores = scores + case.bias
         if mask is not None:
             scores = scores.masked_fill(mask, float("-inf"))
         probabilities = F.dropout(torch.softmax(scores, -1), case.dropout)
@@ -124,29 +115,40 @@ def _standard(case: Case):
 
 
 def _flex(case: Case):
-    """FlexAttention, compiled once a shape: only plain and causal cells of three lengths, for the compiler's time."""
-    if case.dropout or case.padding or case.bias or case.graph or case.S not in (1024, 4096, 16384):
-        return None
+    """FlexAttention, compiled for one shape after the other: the limit of recompiles would leave it uncompiled."""
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # the backward is timed over a kept graph
     block_mask = None
     if case.causal:
         block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.S, case.S, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
-    return lambda: compiled(q, k, v, block_mask=block_mask).transpose(1, 2)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def call():
+        q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
+        return compiled(q, k, v, block_mask=block_mask).transpose(1, 2)
+
+    return call
 
 
 def _flash_attn(module: str):
-    """flash-attn 3 or 4, whose ``flash_attn_func`` takes neither dropout nor masks nor a bias."""
+    """flash-attn 3 or 4; both return out, or (out, lse) by release."""
 
     def prepare(case: Case):
-        if case.dropout or case.padding or case.bias:
-            return None
-        function = importlib.import_module(module).flash_attn_func
+        library = importlib.import_module(module)
+        keywords = {"causal": case.causal}
+        function = library.flash_attn_func
+        if "deterministic" in case.terms:
+            keywords["deterministic"] = True
+        if "packed" in case.terms:
+            function = library.flash_attn_varlen_func
+            keywords |= {"cu_seqlens_q": case.cu_seqlens, "cu_seqlens_k": case.cu_seqlens}
+            keywords |= {"max_seqlen_q": max(RAGGED), "max_seqlen_k": max(RAGGED)}
 
         def call():
-            out = function(case.q, case.k, case.v, causal=case.causal)
+            out = function(case.q, case.k, case.v, **keywords)
             return out[0] if isinstance(out, tuple) else out
 
         return call
@@ -154,26 +156,56 @@ def _flash_attn(module: str):
     return prepare
 
 
-def _importable(module: str) -> bool:
+def _importable(module: str) -> str | None:
+    """None, or why a module cannot be imported: a peer that cannot load is left out, whatever its reason."""
     try:
         importlib.import_module(module)
-        return True
-    except Exception:  # a peer that cannot load is left out, whatever its reason
-        return False
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
-def all_peers(flex: bool = True) -> list[Peer]:
-    """hf_flash first; flash-attn 3 and 4 only where they can be imported."""
+def all_peers(flex: bool = True) -> tuple[list[Peer], dict[str, str]]:
+    """(peers, hf_flash first; name of a peer -> why it is not among them)."""
+    lacks_extras = NO_DROPOUT | NO_MASK | NO_BIAS
+    cudnn_lacks = NOT_PACKED | NO_CHOICE | {"bias": "has no gradient of a bias", "alibi": "has no ALiBi"}
     peers = [
         Peer("hf_flash", _hf_flash),
-        Peer("flash (torch)", _sdpa(SDPBackend.FLASH_ATTENTION, masks=False, bias=False)),
-        Peer("mem-efficient (torch)", _sdpa(SDPBackend.EFFICIENT_ATTENTION, masks=True, bias=True)),
-        Peer("cuDNN (torch)", _sdpa(SDPBackend.CUDNN_ATTENTION, masks=True, bias=True)),
-        Peer("standard", _standard),
+        Peer("hf_flash sm80", _hf_flash, sections=("arch",), environment={"HF_FLASH_ARCH": "sm80"}),
+        Peer("flash (torch)", _torch_flash, NO_MASK | NO_BIAS | NO_CHOICE),
+        Peer(
+            "mem-efficient (torch)",
+            _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+            NOT_PACKED | NO_CHOICE | {"alibi": "has no ALiBi"},
+        ),
+        Peer("cuDNN (torch)", _sdpa(SDPBackend.CUDNN_ATTENTION), cudnn_lacks),
+        Peer("sdpa (dispatch)", _sdpa(None), sections=("padding",)),
+        Peer("standard", _standard, NOT_PACKED | NO_CHOICE | {"alibi": "has no ALiBi"}),
     ]
+    missing = {}
     if flex:
-        peers.append(Peer("FlexAttention", _flex))
+        peers.append(Peer("FlexAttention", _flex, sections=("peers",)))
     for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn 4", "flash_attn.cute")):
-        if _importable(module):
-            peers.append(Peer(name, _flash_attn(module)))
-    return peers
+        reason = _importable(module)
+        if reason is None:
+            peers.append(Peer(name, _flash_attn(module), lacks_extras))
+        else:
+            missing[name] = reason
+    return peers, missing
+
+
+def peers_of(case: Case, peers: list[Peer]) -> list[Peer]:
+    """The peers that stand in a case's section; whether each can compute the case is its own matter."""
+    here = [peer for peer in peers if not peer.sections or case.section in peer.sections]
+    if case.section == "standard":  # the yardstick of its own section: hf_flash alone stands beside it
+        return [peer for peer in here if peer.name in ("hf_flash", "standard")]
+    if case.section == "extras":
+        return [peer for peer in here if peer.name in ("hf_flash", "mem-efficient (torch)", "flash-attn 4")]
+    if case.section == "arch":  # the yardstick of the mma.sync kernels is what they stand beside on other GPUs
+        names = {"hf_flash", "hf_flash sm80", "flash (torch)"}
+        if {"padding", "bias"} & set(case.terms):
+            names |= {"mem-efficient (torch)", "cuDNN (torch)"}
+        return [peer for peer in here if peer.name in names]
+    here = [peer for peer in here if peer.name != "FlexAttention" or case.S == 4096]  # for the compiler's time
+    heavy = case.section not in ("dropout", "padding", "bias") or case.S > 2048
+    return [peer for peer in here if peer.name != "standard" or not heavy]

@@ -240,6 +240,7 @@ def check_reload(trainer, tokenizer, inputs, folder: Path) -> bool:
     import hf_flash
 
     model = trainer.model
+    model.__dict__.pop("forward", None)  # accelerate's, which casts to half precision whatever the caller asks for
     saved, batch, result = folder / "model", folder / "inputs.npz", folder / "logits.npy"
     trainer.save_model(str(saved))
     tokenizer.save_pretrained(str(saved))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ def _never(module: nn.Module) -> bool:
 
 def through_interface(cls: type) -> bool:
     """Whether a class's forward looks its attention function up, which is what ``attn_implementation`` switches."""
-    return "ALL_ATTENTION_FUNCTIONS" in cls.forward.__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class PaddingFree:
         asked = ("output_hidden_states", "output_attentions")
         if any(others.get(name) or getattr(config, name, False) for name in asked):
             return None  # each layer's results would have to be put back
-        if others.get("encoder_hidden_states") is not None or others.get("past_key_values") is not None:
-            return None
+        if any(others.get(name) is not None for name in ("encoder_hidden_states", "cache", "past_key_values")):
+            return None  # "cache" is what transformers 5.24 and later call past_key_values
         if getattr(config, "chunk_size_feed_forward", 0) or torch.compiler.is_compiling():
             return None
         if not isinstance(visible, Visibility) or visible.window != (-1, -1) or visible.unpadded:

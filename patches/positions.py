@@ -11,6 +11,7 @@ import torch
 from hf_flash.packing import Visibility, packing_from_cu_seqlens, sequence_ids
 from hf_flash.registry import ModelRule, register_model
 
+CACHE = ("cache", "past_key_values")  # the name since transformers 5.24, and the one before
 KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -18,12 +19,12 @@ def _packed(module, given: dict, window) -> Visibility | None:
     """The packing that a model's arguments announce, None where they announce none."""
     ids = given.get("input_ids")
     shape = ids.shape if ids is not None else given["inputs_embeds"].shape[:2]
-    cache, positions = given.get("past_key_values"), given.get("position_ids")
+    extra, positions = given.get("kwargs", {}), given.get("position_ids")
+    cache = next((found[name] for found in (given, extra) for name in CACHE if found.get(name) is not None), None)
     if shape[0] != 1 or given.get("attention_mask") is not None:
         return None
     if cache is not None and cache.get_seq_length() > 0:
         return None
-    extra = given.get("kwargs", {})
     if extra.get("cu_seq_lens_q") is not None and extra.get("cu_seq_lens_k") is not None:
         packing = packing_from_cu_seqlens(*(extra.get(name) for name in KEYWORDS))
         return Visibility(1, shape[1], shape[1], window=window, packing=packing)
@@ -80,7 +81,7 @@ def refuse_packing(module, args, kwargs):
 def _hands_on(stack) -> bool:
     attention = next(type(m) for m in stack.modules() if type(m).__name__ == "T5Attention")
     original = [cls for cls in attention.__mro__ if cls.__name__ == "T5Attention"][-1]  # under a swapped subclass
-    return "ALL_ATTENTION_FUNCTIONS" in original.__dict__["forward"].__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(original.__dict__["forward"]).__code__.co_names
 
 
 register_model(ModelRule(prepare=refuse_packing), "t5.T5Stack")

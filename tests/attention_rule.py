@@ -62,6 +62,18 @@ def run(q, k, v, options, *, dout=None, dlse=None, precision=None, dlse_only=Fal
     return {n: t.detach() for n, t in results.items()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
+def dropped(seed, batch, heads, rows, cols, p, dtype, device, **options):
+    """The forward's own mask, read off out, 256 keys at a time: q = 0 and v a slice of the unit matrix."""
+    q = torch.zeros(batch, rows, heads, 64, device=device, dtype=dtype)
+    k = torch.zeros(batch, cols, heads, 64, device=device, dtype=dtype)
+    unit, parts = torch.eye(cols, device=device, dtype=dtype), []
+    for part in unit.split(256, dim=1):
+        v = torch.nn.functional.pad(part, (0, -part.shape[1] % 8))[None, :, None].expand(batch, -1, heads, -1)
+        out = flash_attention(q, k, v, dropout_p=p, dropout_seed=seed.to(device), **options)
+        parts.append(out[..., : part.shape[1]])
+    return (torch.cat(parts, -1) != 0).transpose(1, 2)
+
+
 def ulp(value, dtype):
     """The unit in the last place of a number in dtype."""
     return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(value)) if value > 0 else 0.0

@@ -3,16 +3,19 @@
     python tests/build/check_cuda_build.py build/cuda
 
 Prints one line a target with the number of kernels and the most registers; exits 1 with the kernels that spill, the
-files that were not compiled for every target, and a library that lacks one or is larger than it may be.
+files that were not compiled for every target, Hopper's files without a wgmma in their machine code, and a library that
+lacks a target or is larger than it may be.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +30,8 @@ OBJECT = re.compile(r"^build (\S+\.o): (nvcc\w*) ", re.MULTILINE)
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
-WARNING = re.compile(r"warning|C7508|setmaxnreg", re.IGNORECASE)
+# C7508: setmaxnreg ignored; C7510: wgmma serialised. ptxas calls both information.
+WARNING = re.compile(r"warning|C75\d\d|Potential Performance Loss|setmaxnreg", re.IGNORECASE)
 
 
 class Kernel(NamedTuple):
@@ -68,12 +72,18 @@ def faults_of(source: str, rule: str, log: str) -> tuple[list[Kernel], list[str]
     return kernels, faults
 
 
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: on the PATH, in /usr/local/cuda, or from PyPI's nvidia-cuda-NAME."""
+    places = [Path("/usr/local/cuda/bin")] + [p for folder in sys.path for p in Path(folder).glob("nvidia/cu*/bin")]
+    return shutil.which(name) or next((str(place / name) for place in places if (place / name).exists()), None)
+
+
 def library_faults(library: Path, targets: set[str]) -> list[str]:
     """The finished library: its size and, where cuobjdump is installed, machine code and PTX in it."""
     size = library.stat().st_size / 2**20
     print(f"{library.name}: {size:.1f} MiB")
     faults = [f"{library} is larger than {LARGEST_MIB} MiB"] if size > LARGEST_MIB else []
-    tool = shutil.which("cuobjdump") or find_cuobjdump()
+    tool = find_tool("cuobjdump")
     if tool is None:
         print(
             "cuobjdump is not installed (pip install nvidia-cuda-cuobjdump): the library's own targets are not listed"
@@ -86,9 +96,37 @@ def library_faults(library: Path, targets: set[str]) -> list[str]:
     return faults
 
 
-def find_cuobjdump() -> str | None:
-    places = [Path(folder) / "nvidia" for folder in sys.path]
-    return next((str(tool) for place in places for tool in place.glob("cu*/bin/cuobjdump")), None)
+def disassembled(tools: tuple[str, str], target: str) -> str:
+    """The machine code of one object file as text; nvdisasm, which cuobjdump calls, must be on its PATH."""
+    cuobjdump, nvdisasm = tools
+    environment = os.environ | {"PATH": f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, env=environment)
+    return done.stdout
+
+
+def wgmma_faults(source: str, sass: str) -> list[str]:
+    """What is wrong with one Hopper file: its machine code holds no warpgroup product."""
+    functions = re.split(r"^\s*Function : (\S+)", sass, flags=re.MULTILINE)
+    names, bodies = functions[1::2], functions[2::2]
+    if not names:
+        return [f"{source}: no machine code to read: cuobjdump -sass shows no function"]
+    if not any("HGMMA" in body for body in bodies):
+        return [f"{source}: no HGMMA in the machine code of {', '.join(names)}"]
+    return []
+
+
+def hopper_faults(objects: list[str]) -> list[str]:
+    """What is wrong with the machine code of Hopper's own files: each must multiply by wgmma."""
+    if not objects:
+        return []
+    tools = (find_tool("cuobjdump"), find_tool("nvdisasm"))
+    if None in tools:
+        return ["Hopper's files cannot be read: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        texts = pool.map(lambda target: disassembled(tools, target), objects)
+        found = [wgmma_faults(Path(target).stem, sass) for target, sass in zip(objects, texts, strict=True)]
+    print(f"sm_90a: {len(objects)} files read for HGMMA")
+    return [fault for faults in found for fault in faults]
 
 
 def main(folder: Path) -> int:
@@ -97,13 +135,15 @@ def main(folder: Path) -> int:
         print(f"{file} is missing: build the CUDA library first (HF_FLASH_CUDA=1 make build, with nvcc)")
         return 1
     by_target: dict[str, list[Kernel]] = defaultdict(list)
-    faults, rules = [], set()
+    faults, rules, hopper = [], set(), []
     for target, rule in OBJECT.findall(file.read_text()):
         log = Path(target + ".log")
         if not log.exists():
             faults.append(f"{log} is missing: {target} was not compiled")
             continue
         rules.add(rule)
+        if rule == "nvcc_sm90":
+            hopper.append(target)
         kernels, found = faults_of(Path(target).stem, rule, log.read_text())
         faults += found
         for kernel in kernels:
@@ -112,8 +152,13 @@ def main(folder: Path) -> int:
         print(f"{target}: {len(kernels)} kernels, at most {max(k.registers for k in kernels)} registers")
     library = folder / "_cuda.abi3.so"
     if not faults:  # a fault above means that the library is of another build, or none
+        faults += hopper_faults(hopper)
         faults += library_faults(library, {target for rule in rules for target in TARGETS[rule]})
-    print("\n".join(faults) if faults else "every target, no spills, no warnings")
+    print(
+        "\n".join(faults)
+        if faults
+        else "every target, no spills, no warnings" + ", wgmma in every Hopper file" * bool(hopper)
+    )
     return 1 if faults else 0
 
 

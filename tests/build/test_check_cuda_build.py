@@ -36,12 +36,45 @@ def test_good_log():
         ("nvcc_sm90", entry(target="sm_90"), "expected ['sm_90a']"),
         ("nvcc", "a.cu(3): warning #177-D: variable was declared but never referenced\n", "warning #177-D"),
         ("nvcc_sm90", "ptxas info : (C7508) Potential Performance Loss: 'setmaxnreg' ignored\n", "setmaxnreg"),
+        ("nvcc_sm90", "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async is serialized\n", "C7510"),
+        ("nvcc_sm90", "setmaxnreg ignored; unable to determine register count at entry\n", "setmaxnreg ignored"),
+        ("nvcc_sm90", entry(target="sm_90a", spilled=4), "8 bytes spilled"),
     ],
 )
 def test_faults_are_found(rule, log, word):
     _, faults = check.faults_of("a", rule, log)
     assert len(faults) == 1
     assert word in faults[0]
+
+
+def sass(**kernels) -> str:
+    """What cuobjdump -sass prints of kernels with these instructions."""
+    head = "\nFatbin elf code:\n================\narch = sm_90a\n\n\tcode for sm_90a\n"
+    text = "".join(
+        f'\t\tFunction : {name}\n\t.headerflags\t@"EF_CUDA_SM90"\n        /*0000*/   {instruction} ;\n'
+        for name, instruction in kernels.items()
+    )
+    return head + text
+
+
+def test_hopper_files_must_multiply_by_wgmma():
+    good = sass(_Z3pre="LDG.E R2, [R4]", _Z7forward="HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0")
+    assert check.wgmma_faults("sm90_forward", good) == []
+    (fault,) = check.wgmma_faults("sm90_forward", sass(_Z7forward="HMMA.16816.F32 R4, R8, R12, R4"))
+    assert "sm90_forward: no HGMMA in the machine code of _Z7forward" in fault
+    (fault,) = check.wgmma_faults("sm90_forward", "cuobjdump info : no device code\n")
+    assert "no function" in fault
+
+
+def test_hopper_files_are_read(tmp_path, monkeypatch):
+    """Only files of Hopper's rule are disassembled, and a missing tool is a fault."""
+    read = []
+    monkeypatch.setattr(check, "find_tool", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(check, "disassembled", lambda tools, target: read.append(target) or sass(_Z1a="HMMA R4"))
+    (fault,) = check.hopper_faults(["sm90_a_nvcc_sm90.o"])
+    assert read == ["sm90_a_nvcc_sm90.o"] and "sm90_a_nvcc_sm90: no HGMMA" in fault
+    monkeypatch.setattr(check, "find_tool", lambda name: None)
+    assert "nvidia-cuda-nvdisasm" in check.hopper_faults(["a.o"])[0] and check.hopper_faults([]) == []
 
 
 def test_a_file_that_was_not_compiled_fails(tmp_path, capsys):

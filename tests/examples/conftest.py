@@ -15,10 +15,15 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def run_example():
-    """run(script, *options) -> CompletedProcess, offline, on one thread; a traceback fails the test."""
+    """run(script, *options) -> CompletedProcess, offline, on one thread; a traceback fails the test.
 
-    def run(script, *options, code=0):
+    device "cpu" hides the GPUs, "cuda" lets the script take one, as the examples do by themselves.
+    """
+
+    def run(script, *options, code=0, device="cpu"):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr

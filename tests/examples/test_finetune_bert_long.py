@@ -40,33 +40,36 @@ def call(examples, monkeypatch, capsys):
     return call
 
 
-def test_end_to_end(run_example, tiny_bert, tmp_path):
+@pytest.mark.architectures("default")
+def test_end_to_end(run_example, tiny_bert, tmp_path, device):
     """Every part of the demo, on real files, in a few steps."""
+    precision = _precision(device)
     out = run_example(
         "finetune_bert_long.py", "--model", tiny_bert, "--positions", 256, "--max-length", 192, "--steps", 6,
         "--windows", 8, "--held-out-windows", 2, "--lengths", 64, 256, "--compare-steps", 10, "--output", tmp_path,
+        device=device,
     ).stdout  # fmt: skip
     assert "positions stretched from 64 to 256" in out
     assert re.search(r"2 patched; 100\.0% of \d+ attention calls served", out)
+    assert ("device     CPU" in out) == (device == "cpu")
     assert out.count("\nok   ") == 3 and "all checks passed" in out
     assert 0 <= float(re.search(r"held-out accuracy ([\d.]+)% before", out)[1]) <= 100
     assert (tmp_path / "finetune_bert_long.png").read_bytes().startswith(b"\x89PNG")
 
     flash, eager = (
-        json.loads((tmp_path / "work" / f"steps-{name}-{_precision()}.json").read_text())
-        for name in ("hf_flash", "eager")
+        json.loads((tmp_path / "work" / f"steps-{name}-{precision}.json").read_text()) for name in ("hf_flash", "eager")
     )
     assert len(flash["losses"]) == len(eager["losses"]) == 10
-    assert flash["losses"] == pytest.approx(eager["losses"], rel=1e-3 if _precision() == "float32" else 2e-2)
+    assert flash["losses"] == pytest.approx(eager["losses"], rel=1e-3 if precision == "float32" else 2e-2)
     assert 0 < flash["step_seconds"] < 60 and flash["peak_mib"] > flash["rest_mib"] > 0
-    lengths = json.loads((tmp_path / "work" / f"lengths-hf_flash-{_precision()}.json").read_text())
+    lengths = json.loads((tmp_path / "work" / f"lengths-hf_flash-{precision}.json").read_text())
     assert lengths["lengths"] == [64, 256] and lengths["peak_mib"][0] <= lengths["peak_mib"][1]
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["max_position_embeddings"] == 256 and "hf_flash" not in json.dumps(config)
 
 
-def _precision():
-    return "float32" if not torch.cuda.is_available() else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+def _precision(device):
+    return "float32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
 
 
 def test_a_difference_fails(examples, capsys):

@@ -3,12 +3,17 @@
 import json
 import re
 
+import pytest
 
-def test_gpt2(run_example, tmp_path):
+
+@pytest.mark.architectures("default")
+def test_gpt2(run_example, tmp_path, device):
     out = run_example(
         "finetune_gpt2_long.py", "--layers", 1, "--hidden", 64, "--vocabulary", 400, "--files", 8, "--max-length", 128,
         "--batch-size", 3, "--steps", 8, "--learning-rate", 3e-3, "--output", tmp_path,
+        device=device,
     ).stdout  # fmt: skip
+    assert (" float32\n" in out) == (device == "cpu")
     assert "100.0%" in out and "\nok   packed loss" in out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert abs(metrics["packed_loss"] / metrics["separate_loss"] - 1) < 1e-2
@@ -25,8 +30,9 @@ def test_gpt2_wrong_options(run_example, tmp_path):
     assert "could not be loaded as a causal language model" in error
 
 
-def test_trainer_callback(run_example, tmp_path):
-    out = run_example("trainer_callback.py", "--steps", 5, "--output", tmp_path).stdout
+@pytest.mark.architectures("default")
+def test_trainer_callback(run_example, tmp_path, device):
+    out = run_example("trainer_callback.py", "--steps", 5, "--output", tmp_path, device=device).stdout
     assert re.search(r"2 patched; 100\.0% of \d+ attention calls served", out)
     assert "hf_flash" not in (tmp_path / "model" / "config.json").read_text()
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from attention_fuzz import fuzz
-from attention_rule import check, int32, make_qkv, run, seed_tensor
+from attention_rule import check, dropped, int32, make_qkv, run, seed_tensor
 
 from hf_flash import flash_attention
 from hf_flash.reference import dropout_keep, dropout_mask
@@ -43,18 +43,6 @@ def test_lengths_at_and_between_tiles(dtype, head_dim, seqlen):
     q, k, v = make_qkv("cuda", dtype, 1, seqlen, seqlen, head_dim=head_dim)
     for causal in (False, True):
         check(q, k, v, causal=causal, dropout_p=0.1, dropout_seed=seed_tensor(seqlen, "cuda"))
-
-
-def dropped(seed, batch, heads, rows, cols, p, dtype, device, **options):
-    """The forward's own mask, read off out, 256 keys at a time: q = 0 and v a slice of the unit matrix."""
-    q = torch.zeros(batch, rows, heads, 64, device=device, dtype=dtype)
-    k = torch.zeros(batch, cols, heads, 64, device=device, dtype=dtype)
-    unit, parts = torch.eye(cols, device=device, dtype=dtype), []
-    for part in unit.split(256, dim=1):
-        v = torch.nn.functional.pad(part, (0, -part.shape[1] % 8))[None, :, None].expand(batch, -1, heads, -1)
-        out = flash_attention(q, k, v, dropout_p=p, dropout_seed=seed.to(device), **options)
-        parts.append(out[..., : part.shape[1]])
-    return (torch.cat(parts, -1) != 0).transpose(1, 2)
 
 
 @DTYPES

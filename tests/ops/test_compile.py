@@ -6,6 +6,9 @@ from attention_rule import int32, make_qkv, seed_tensor
 
 from hf_flash import flash_attention
 
+# torch's tools do not see which kernels serve a call, and compiling takes longer than everything else here.
+pytestmark = pytest.mark.architectures("default")
+
 
 def tail(device, dtype, packed):
     """The arguments after q, k, v in the schema's order, every tensor present that may be."""
