@@ -38,6 +38,7 @@ void* current_stream(int32_t device) {
 }
 
 struct Runner {
+  static constexpr bool kWritesSums = true;  // of a broadcast bias's gradient: every element, in bias's dtype
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
   explicit Runner(const Tensor& q) : guard(q.get_device_index()), stream(current_stream(q.get_device_index())) {}
@@ -56,6 +57,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 }
 
 struct Runner {
+  static constexpr bool kWritesSums = false;
   explicit Runner(const Tensor&) {}
   void forward(const AttentionParams& p) const { cpu::forward(p, parallel_for); }
   void backward(const AttentionParams& p) const { cpu::backward(p, parallel_for); }
@@ -135,8 +137,14 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   p.dv = rows_of(dv);
   OptionalTensor dbias, dsink;
   if (need_dbias && tail.bias) {
-    dbias = torch::stable::new_zeros(*tail.bias, shape_with_last(*tail.bias, tail.bias->size(3)), accumulator);
-    p.dbias = scores_of(*dbias, accumulator == ScalarType::Double ? DType::kFloat64 : DType::kFloat32);
+    const BiasBroadcast broadcast(*tail.bias, p);
+    p.dbias_sums = broadcast.sums;
+    const bool own_dtype = Runner::kWritesSums && broadcast.sums;
+    const ScalarType dtype = own_dtype ? tail.bias->scalar_type() : accumulator;
+    const std::vector<int64_t> sizes = shape_with_last(*tail.bias, tail.bias->size(3));
+    dbias = own_dtype && broadcast.reached ? torch::stable::new_empty(*tail.bias, sizes, dtype)
+                                           : torch::stable::new_zeros(*tail.bias, sizes, dtype);
+    p.dbias = scores_of(*dbias, dtype_of(*dbias, "dbias"));
   }
   if (need_dsink && tail.sink) {
     dsink = torch::stable::new_zeros(q, {p.heads_q}, accumulator);
@@ -149,8 +157,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     runner.backward(p);
   } else {  // a packed batch of no sequences still has rows
     for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
+    if (dbias) torch::stable::zero_(*dbias);
   }
-  if (dbias && tail.bias->scalar_type() != accumulator) dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
+  if (dbias && tail.bias->scalar_type() != dbias->scalar_type())
+    dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
 
   stack[0] = torch::stable::detail::from(dq);
   stack[1] = torch::stable::detail::from(dk);

@@ -254,6 +254,20 @@ inline AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor&
   return p;
 }
 
+// How a bias lies over the scores that kernels compute.
+struct BiasBroadcast {
+  bool sums = false;    // an element of it meets several scores
+  bool reached = true;  // it has no rows or columns past the longest sequence's
+
+  BiasBroadcast(const Tensor& bias, const AttentionParams& p) {
+    const int64_t full[4] = {p.batch, p.heads_q, p.seqlen_q, p.seqlen_k};
+    for (int64_t d = 0; d < 4; ++d) {
+      sums = sums || (bias.size(d) == 1 && full[d] > 1);
+      reached = reached && (bias.size(d) == 1 || bias.size(d) <= full[d]);
+    }
+  }
+};
+
 inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d + 1 < like.dim(); ++d) sizes.push_back(like.size(d));

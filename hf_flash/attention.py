@@ -94,7 +94,7 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises.
         deterministic: gradients with the same bits on every run; None follows
-            ``torch.are_deterministic_algorithms_enabled()``. Not yet on CUDA for the gradient of a broadcast bias.
+            ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of
             exponentials, float32 (float64 for float64 inputs); differentiable.
 

@@ -208,20 +208,4 @@ def unsupported(
         or _vector("dropout_seed", dropout_seed, q, longs, ((1,), ()))
         or _scores("bias", bias, q, own, full)
         or _scores("mask", mask, q, (torch.bool,), full)
-        or _bias_gradient(bias, q, full, deterministic)
-    )
-
-
-def _bias_gradient(bias, q, full, deterministic) -> Unsupported | None:
-    """The GPU sums the gradient of a broadcast bias with atomic additions, whose order is not fixed."""
-    if bias is None or q.device.type != "cuda" or tuple(bias.shape) == full:
-        return None
-    if not (bias.requires_grad and torch.is_grad_enabled()):
-        return None
-    if not (torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic):
-        return None
-    return Unsupported(
-        "DETERMINISTIC_BIAS",
-        f"`deterministic` is True and `bias` {tuple(bias.shape)} broadcasts to {full}: on CUDA its gradient has the "
-        "same bits on every run only where nothing is summed; expand `bias` to it, or pass deterministic=False",
     )
