@@ -16,7 +16,9 @@
 namespace hf_flash::bindings {
 namespace {
 
-Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, shape_with_last(t, t.size(t.dim() - 1))); }
+Tensor contiguous_like(const Tensor& t) {
+  return new_tensor(t, shape_with_last(t, t.size(t.dim() - 1)), t.scalar_type());
+}
 
 // ---- What differs between the two libraries: how a kernel is called ---------------------------------------------
 
@@ -38,6 +40,7 @@ void* current_stream(int32_t device) {
 }
 
 struct Runner {
+  static constexpr bool kWritesSums = true;  // of a broadcast bias's gradient: every element, in bias's dtype
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
   explicit Runner(const Tensor& q) : guard(q.get_device_index()), stream(current_stream(q.get_device_index())) {}
@@ -56,6 +59,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 }
 
 struct Runner {
+  static constexpr bool kWritesSums = false;
   explicit Runner(const Tensor&) {}
   void forward(const AttentionParams& p) const { cpu::forward(p, parallel_for); }
   void backward(const AttentionParams& p) const { cpu::backward(p, parallel_for); }
@@ -78,8 +82,8 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
   const Runner runner(q);
-  const Tensor out = torch::stable::new_empty(q, shape_with_last(q, p.head_dim_v));
-  const Tensor lse = torch::stable::new_empty(q, shape.row_values, accumulator_of(p.dtype));
+  const Tensor out = new_tensor(q, shape_with_last(q, p.head_dim_v), q.scalar_type());
+  const Tensor lse = new_tensor(q, shape.row_values, accumulator_of(p.dtype));
   p.out = rows_of(out);
   p.lse = row_values_of(lse);
   if (p.total_q > 0 && p.heads_q > 0) runner.forward(p);
@@ -95,7 +99,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor k = kernel_ready(args.take<Tensor>());
   const Tensor v = kernel_ready(args.take<Tensor>());
   const Tensor out = kernel_ready(args.take<Tensor>());
-  const Tensor lse = torch::stable::contiguous(args.take<Tensor>());
+  const Tensor lse = made_contiguous(args.take<Tensor>());
   const Tail tail(args);
   const bool need_dbias = args.take<bool>(), need_dsink = args.take<bool>();
 
@@ -118,39 +122,48 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   };
   check_row_values(lse, "lse");
   if (dlse) {
-    dlse = torch::stable::contiguous(*dlse);
+    dlse = made_contiguous(*dlse);
     check_row_values(*dlse, "dlse");
     p.dlse = row_values_of(*dlse);
   }
 
   const Runner runner(q);
   Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
-  const Tensor row_sum = torch::stable::new_empty(q, shape.row_values, accumulator);
   p.dout = rows_of(dout);
   p.out = rows_of(out);
   p.lse = row_values_of(lse);
-  p.row_sum = row_values_of(row_sum);
   p.dq = rows_of(dq);
   p.dk = rows_of(dk);
   p.dv = rows_of(dv);
   OptionalTensor dbias, dsink;
   if (need_dbias && tail.bias) {
-    dbias = torch::stable::new_zeros(*tail.bias, shape_with_last(*tail.bias, tail.bias->size(3)), accumulator);
-    p.dbias = scores_of(*dbias, accumulator == ScalarType::Double ? DType::kFloat64 : DType::kFloat32);
+    const BiasBroadcast broadcast(*tail.bias, p);
+    p.dbias_sums = broadcast.sums;
+    const bool own_dtype = Runner::kWritesSums && broadcast.sums;
+    const ScalarType dtype = own_dtype ? tail.bias->scalar_type() : accumulator;
+    const std::vector<int64_t> sizes = shape_with_last(*tail.bias, tail.bias->size(3));
+    dbias = own_dtype && broadcast.reached ? new_tensor(*tail.bias, sizes, dtype)
+                                           : torch::stable::new_zeros(*tail.bias, sizes, dtype);
+    p.dbias = scores_of(*dbias, dtype_of(*dbias, "dbias"));
   }
   if (need_dsink && tail.sink) {
     dsink = torch::stable::new_zeros(q, {p.heads_q}, accumulator);
     p.dsink = dsink->data_ptr();
   }
-  const int64_t bytes = runner.backward_workspace(p);
-  const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-  p.workspace = bytes > 0 ? workspace.data_ptr() : nullptr;
+  // One allocation: the row sums, then the architecture's own.
+  const int64_t value_bytes = accumulator == ScalarType::Double ? 8 : 4;
+  const int64_t sums = (p.total_q * p.heads_q * value_bytes + 255) / 256 * 256, own = runner.backward_workspace(p);
+  const Tensor workspace = new_tensor(q, {sums + own}, ScalarType::Byte);
+  p.row_sum = row_values_at(workspace.data_ptr(), p);
+  p.workspace = own > 0 ? static_cast<char*>(workspace.data_ptr()) + sums : nullptr;
   if (p.batch > 0 && p.heads_q > 0) {
     runner.backward(p);
   } else {  // a packed batch of no sequences still has rows
     for (Tensor* gradient : {&dq, &dk, &dv}) torch::stable::zero_(*gradient);
+    if (dbias) torch::stable::zero_(*dbias);
   }
-  if (dbias && tail.bias->scalar_type() != accumulator) dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
+  if (dbias && tail.bias->scalar_type() != dbias->scalar_type())
+    dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
 
   stack[0] = torch::stable::detail::from(dq);
   stack[1] = torch::stable::detail::from(dk);
@@ -180,14 +193,14 @@ void row_sum(StableIValue* stack, uint64_t, uint64_t) {
                                             : std::vector<int64_t>{out.size(0), out.size(2), out.size(1)};
   const ScalarType accumulator = accumulator_of(p.dtype);
   if (dlse) {
-    dlse = torch::stable::contiguous(*dlse);
+    dlse = made_contiguous(*dlse);
     require_device(*dlse, out, "dlse");
     require(dlse->scalar_type() == accumulator && dlse->numel() == p.total_q * p.heads_q, "dlse ", *dlse,
             " must be lse in shape and dtype");
     p.dlse = row_values_of(*dlse);
   }
   const Runner runner(out);
-  const Tensor sums = torch::stable::new_empty(out, sizes, accumulator);
+  const Tensor sums = new_tensor(out, sizes, accumulator);
   p.dout = rows_of(dout);
   p.out = rows_of(out);
   p.row_sum = row_values_of(sums);
@@ -204,7 +217,7 @@ void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
   require(batch >= 0 && heads >= 0 && rows >= 0 && cols >= 0, "sizes must not be negative");
   require(keep >= 1 && keep <= 256, "keep must lie in 1..256; got ", keep);
   const Runner runner(seed);
-  const Tensor mask = torch::stable::new_empty(seed, {batch, heads, rows, cols}, ScalarType::Bool);
+  const Tensor mask = new_tensor(seed, {batch, heads, rows, cols}, ScalarType::Bool);
   if (mask.numel() > 0)
     runner.dropout_mask(static_cast<bool*>(mask.data_ptr()), static_cast<const int64_t*>(seed.data_ptr()),
                         batch * heads, rows, cols, static_cast<int>(keep));

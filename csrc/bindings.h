@@ -2,6 +2,7 @@
 // memory. The sentences that users should see come earlier, from hf_flash/support.py.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -125,6 +126,11 @@ inline Tensor kernel_ready(const Tensor& t) {
 inline Rows rows_of(const Tensor& t) {
   return t.dim() == 3 ? Rows{t.data_ptr(), 0, t.stride(0), t.stride(1)}
                       : Rows{t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// One value a row in memory of our own, laid out as lse is.
+inline RowValues row_values_at(void* data, const AttentionParams& p) {
+  return p.packed() ? RowValues{data, 0, p.total_q} : RowValues{data, int64_t{p.heads_q} * p.seqlen_q, p.seqlen_q};
 }
 
 inline RowValues row_values_of(const Tensor& t) {
@@ -255,6 +261,42 @@ inline AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor&
   fill_tail(p, tail, q, shape);
   return p;
 }
+
+// How a bias lies over the scores that kernels compute.
+struct BiasBroadcast {
+  bool sums = false;    // an element of it meets several scores
+  bool reached = true;  // it has no rows or columns past the longest sequence's
+
+  BiasBroadcast(const Tensor& bias, const AttentionParams& p) {
+    const int64_t full[4] = {p.batch, p.heads_q, p.seqlen_q, p.seqlen_k};
+    for (int64_t d = 0; d < 4; ++d) {
+      sums = sums || (bias.size(d) == 1 && full[d] > 1);
+      reached = reached && (bias.size(d) == 1 || bias.size(d) <= full[d]);
+    }
+  }
+};
+
+// A new contiguous tensor on like's device. The stable ABI's new_empty looks its operator up by name and boxes every
+// argument, which takes the host twice as long.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  constexpr int64_t kMost = 4;
+  int64_t strides[kMost], stride = 1;
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  require(dims <= kMost, "a new tensor has at most 4 dimensions");
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  }
+  int32_t device = 0;
+  AtenTensorHandle handle = nullptr;
+  require(aoti_torch_get_device_type(like.get(), &device) == 0 &&
+              aoti_torch_empty_strided(dims, sizes.data(), strides, static_cast<int32_t>(dtype), device,
+                                       like.get_device_index(), &handle) == 0,
+          "torch could not allocate a tensor of ", stride, " elements");
+  return Tensor(handle);
+}
+
+inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
   std::vector<int64_t> sizes;

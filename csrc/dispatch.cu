@@ -47,20 +47,24 @@ bool has_extras(const AttentionParams& p) {
          !(p.scale > 0);
 }
 
+template <class Run>
+void with_type(const AttentionParams& p, Run&& run) {
+  if (p.dtype == DType::kFloat16) return run(Half{});
+  if (p.dtype == DType::kBFloat16) return run(BFloat16{});
+  throw std::runtime_error("hf_flash: the CUDA kernels take float16 or bfloat16; cast q, k and v, or use autocast");
+}
+
 template <int HEAD_DIM, class Run>
 void with_variant(const AttentionParams& p, const Run& run) {
   const bool dropout = p.dropout_keep < 256, extras = has_extras(p);
-  const auto with_type = [&](auto element) {
+  with_type(p, [&](auto element) {
     using T = decltype(element);
     if constexpr (Run::has_variants(HEAD_DIM)) {
       if (!extras && !dropout) return run.template operator()<T, HEAD_DIM, false, false>();
       if (!extras) return run.template operator()<T, HEAD_DIM, true, false>();
     }
     return run.template operator()<T, HEAD_DIM, true, true>();
-  };
-  if (p.dtype == DType::kFloat16) return with_type(Half{});
-  if (p.dtype == DType::kBFloat16) return with_type(BFloat16{});
-  throw std::runtime_error("hf_flash: the CUDA kernels take float16 or bfloat16; cast q, k and v, or use autocast");
+  });
 }
 
 int head_dim_of(const AttentionParams& p) {
@@ -128,6 +132,7 @@ void backward(const AttentionParams& p, void* stream) {
   architecture();
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
   with_instance(p, Sm80Backward{p, native(stream)});
+  if (p.dbias_sums) with_type(p, [&](auto element) { sm80::run_bias_gradient<decltype(element)>(p, native(stream)); });
 }
 
 void row_sum(const AttentionParams& p, void* stream) { portable::row_sum(p, DqAccumulator{}, native(stream)); }

@@ -77,7 +77,8 @@ struct AttentionParams {
   RowValues dlse;             // gradient of lse; data is null when there is none
   RowValues row_sum;          // workspace: sum over Dv of dout * out, minus dlse
   Rows dq, dk, dv;            // like q, k, v, contiguous
-  Scores dbias;               // bias's own shape, broadcast strides as in bias; float32 (float64 for float64), zeroed
+  Scores dbias;               // bias's own shape, stride 0 where its size is 1; float32 (float64 for float64), zeroed
+  bool dbias_sums = false;    // bias broadcasts. On a GPU dbias then has bias's dtype and is not zeroed
   void* dsink = nullptr;      // (Hq) float32 (float64 for float64), zeroed; null when not asked for
   void* workspace = nullptr;  // as many bytes as the architecture's backward_workspace() asked for
   bool deterministic = false;

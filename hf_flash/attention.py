@@ -41,7 +41,7 @@ def dropout_keep(dropout_p: float) -> int:
         warnings.warn(
             f"hf_flash: dropout_p={dropout_p} rounds to no dropout; the rate is kept in steps of 1/256, so the "
             "smallest one is 0.00196",
-            stacklevel=3,
+            stacklevel=4,
         )
     return keep
 
@@ -94,7 +94,7 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises.
         deterministic: gradients with the same bits on every run; None follows
-            ``torch.are_deterministic_algorithms_enabled()``. Not yet on CUDA for the gradient of a broadcast bias.
+            ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of
             exponentials, float32 (float64 for float64 inputs); differentiable.
 
@@ -106,14 +106,22 @@ def flash_attention(
         TypeError, ValueError: an argument is wrong; the sentence names it, its value and what is allowed.
         NotImplementedError: no kernel serves this dtype, head dimension or device.
     """
-    reason = support.unsupported(
-        q, k, v, scale=scale, window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes,
-        sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed, key_range=key_range, query_range=query_range,
-        query_offset=query_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, deterministic=deterministic,
+    arguments = (
+        scale, causal, window, softcap, bias, mask, alibi_slopes, sink, dropout_p, dropout_seed, key_range, query_range,
+        query_offset, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
+    reason = support.unsupported(q, k, v, *arguments)
     if reason is not None:
         raise reason.exception()
+    return judged_attention(q, k, v, *arguments, return_lse)
+
+
+def judged_attention(
+    q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
+    sink=None, dropout_p=0.0, dropout_seed=None, key_range=None, query_range=None, query_offset=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None, return_lse=False,
+):  # fmt: skip
+    """:func:`flash_attention` for those who have asked :func:`support.unsupported` already; arguments as there."""
     if cu_seqlens_q is not None:
         max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k

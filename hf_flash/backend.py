@@ -295,7 +295,7 @@ def attention_forward(
         q, k, v = (_rows(t, packed) for t in (q, k, v))
         reason = support.unsupported(q, k, v, **call)
     if reason is None:
-        out = attention.flash_attention(q, k, v, **call)
+        out = attention.judged_attention(q, k, v, **call)
         report.count_served(module)
         out = out.unflatten(0, (query.shape[0], -1)) if packed else out
         return out if out.dtype == out_dtype else out.to(out_dtype), None

@@ -43,6 +43,9 @@ def _load() -> None:
 
 
 _load()
+# Looked up once: each lookup goes through three objects' attributes.
+_FORWARD = torch.ops.hf_flash.forward.default
+_BACKWARD = torch.ops.hf_flash.backward.default
 
 
 def has_kernel(name: str, device_type: str) -> bool:
@@ -91,7 +94,7 @@ _TENSORS = 8  # the leading fields of Call that are tensors: saved, so that a ch
 
 def _forward(q, k, v, bias, sink, call):
     mask, alibi_slopes, *rest = call
-    return torch.ops.hf_flash.forward.default(q, k, v, bias, mask, alibi_slopes, sink, *rest)
+    return _FORWARD(q, k, v, bias, mask, alibi_slopes, sink, *rest)
 
 
 class _Attention(torch.autograd.Function):
@@ -111,7 +114,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         need_dbias, need_dsink = ctx.needs_input_grad[3:5]
-        dq, dk, dv, dbias, dsink = torch.ops.hf_flash.backward.default(
+        dq, dk, dv, dbias, dsink = _BACKWARD(
             dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
         )
         gradients = (dq, dk, dv, dbias, dsink)

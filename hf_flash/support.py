@@ -83,27 +83,31 @@ def kernel_name(device_type: str) -> str:
 
 def _rows(q, k, v, packed: bool) -> Unsupported | None:
     """Shapes, dtypes and devices of q, k and v."""
+    dims, device, dtype = 3 if packed else 4, None, None
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor")
-        if t.dim() != (3 if packed else 4):
+        if t.dim() != dims:
             layout = "(T, H, D) as cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
             return _value(f"`{name}` has shape {tuple(t.shape)}; it must be {layout}")
-        if t.device != q.device:
+        if t is q:
+            device, dtype = t.device, t.dtype
+            continue
+        if t.device != device:
             return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move them to one device")
-        if t.dtype != q.dtype:
+        if t.dtype != dtype:
             return _type(f"`{name}` has dtype {t.dtype} but `q` {q.dtype}; cast them to one dtype")
-    if k.shape[:-1] != v.shape[:-1]:
-        return _value(f"`k` {tuple(k.shape)} and `v` {tuple(v.shape)} must agree in all but the last dimension")
-    if not packed and k.shape[0] != q.shape[0]:
-        return _value(f"`k` has batch size {k.shape[0]} but `q` {q.shape[0]}; expand the smaller one")
-    if k.shape[-1] != q.shape[-1]:
-        return _value(f"`k` has head_dim {k.shape[-1]} but `q` {q.shape[-1]}; they must be equal")
-    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape  # each look at a tensor's shape costs a call into torch
+    if shape_k[:-1] != shape_v[:-1]:
+        return _value(f"`k` {tuple(shape_k)} and `v` {tuple(shape_v)} must agree in all but the last dimension")
+    if not packed and shape_k[0] != shape_q[0]:
+        return _value(f"`k` has batch size {shape_k[0]} but `q` {shape_q[0]}; expand the smaller one")
+    if shape_k[-1] != shape_q[-1]:
+        return _value(f"`k` has head_dim {shape_k[-1]} but `q` {shape_q[-1]}; they must be equal")
+    heads_q, heads_k = shape_q[-2], shape_k[-2]
     if heads_k == 0 or heads_q % heads_k:
         return _value(f"`q` has {heads_q} heads, which is not a multiple of the {heads_k} heads of `k` and `v`")
-    for name, t in (("q", q), ("v", v)):
-        d = t.shape[-1]
+    for name, d in (("q", shape_q[-1]), ("v", shape_v[-1])):
         if d % 8 or not 0 < d <= MAX_HEAD_DIM:
             return Unsupported(
                 "HEAD_DIM",
@@ -166,7 +170,7 @@ def _scalars(window, softcap, scale, dropout_p) -> Unsupported | None:
 
 
 def unsupported(
-    q, k, v, *, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
+    q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
     sink=None, dropout_p=0.0, dropout_seed=None, key_range=None, query_range=None, query_offset=None,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None,
 ) -> Unsupported | None:  # fmt: skip
@@ -177,11 +181,15 @@ def unsupported(
     reason = _rows(q, k, v, packed) or _scalars(window, softcap, scale, dropout_p)
     if reason:
         return reason
-    device = device_reason(q.device.type, q.device.index, q.dtype)
-    if device is not None:
-        return Unsupported(device[0], device[1])
-    extras = (bias, mask, alibi_slopes, sink, dropout_seed, key_range, query_range, query_offset, cu_seqlens_q)
-    if all(t is None for t in extras):
+    device = q.device
+    why = device_reason(device.type, device.index, q.dtype)
+    if why is not None:
+        return Unsupported(*why)
+    # `is`, one by one: a generator over them would take as long as all the rest here.
+    if (
+        bias is mask is alibi_slopes is sink is dropout_seed is None
+        and key_range is query_range is query_offset is cu_seqlens_q is None
+    ):
         return None
     batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     heads = q.shape[-2]
@@ -208,20 +216,4 @@ def unsupported(
         or _vector("dropout_seed", dropout_seed, q, longs, ((1,), ()))
         or _scores("bias", bias, q, own, full)
         or _scores("mask", mask, q, (torch.bool,), full)
-        or _bias_gradient(bias, q, full, deterministic)
-    )
-
-
-def _bias_gradient(bias, q, full, deterministic) -> Unsupported | None:
-    """The GPU sums the gradient of a broadcast bias with atomic additions, whose order is not fixed."""
-    if bias is None or q.device.type != "cuda" or tuple(bias.shape) == full:
-        return None
-    if not (bias.requires_grad and torch.is_grad_enabled()):
-        return None
-    if not (torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic):
-        return None
-    return Unsupported(
-        "DETERMINISTIC_BIAS",
-        f"`deterministic` is True and `bias` {tuple(bias.shape)} broadcasts to {full}: on CUDA its gradient has the "
-        "same bits on every run only where nothing is summed; expand `bias` to it, or pass deterministic=False",
     )

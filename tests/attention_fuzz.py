@@ -35,7 +35,7 @@ class Draw:
         if r.random() < 0.3:
             self.options["scale"] = r.choice((1.0, 0.02, 0.3))
         if r.random() < 0.3:
-            self.options["deterministic"] = r.random() < 0.5 and (device == "cpu" or "bias" not in self.options)
+            self.options["deterministic"] = r.random() < 0.5
 
     def normal(self, *shape):
         return torch.randn(shape, generator=self.generator).to(self.device)

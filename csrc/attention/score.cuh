@@ -140,12 +140,12 @@ struct ScoreExtras {
       for_each_pair(s, sequence, i0, [&](float& low, float& high, int i, int col) {
         const Pair pair =
             *reinterpret_cast<const Pair*>(reinterpret_cast<const B*>(bias) + i * p.bias.row + (j0 + col));
-        low += to_log2(to_natural(pair.low));
-        high += to_log2(to_natural(pair.high));
+        low += to_log2(pair.low);
+        high += to_log2(pair.high);
       });
     } else {
       for_each_element(s, sequence, i0, j0, [&](float& x, int i, int j) {
-        x += to_log2(to_natural(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]));
+        x += to_log2(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]);
       });
     }
   }
@@ -170,8 +170,8 @@ struct ScoreExtras {
   __device__ static float to_log2(float bias) {
     return bias == -CUDART_INF_F ? bias : fmaxf(bias, kLowestBias) * kLog2E;
   }
-  __device__ static float to_natural(float x) { return x; }
-  __device__ static float to_natural(T x) { return to_float(x); }
+  __device__ static float to_log2(BFloat16 bias) { return to_log2(to_float(bias)); }
+  __device__ static float to_log2(Half bias) { return to_float(bias) * kLog2E; }  // none of them overflows
 
   // f(x(i, j), x(i, j + 1), i, j - j0), plain orientation, tile inside [0, len_k).
   template <int ROWS, int COLS, class F>

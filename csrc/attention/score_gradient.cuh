@@ -48,31 +48,23 @@ struct SoftcapSlopes {
   }
 };
 
-// Where the bias's gradient goes: one element each, or sums over broadcast dimensions by atomic additions.
+// Where the gradient of a bias goes that broadcasts nowhere. Sums need a kernel of their own (dbias_sums).
 struct BiasGradient {
-  float* data;  // of one batch and head; null: not asked for
+  float* data;  // of one batch and head; null: not asked for, or not here
   int64_t row, col;
   float factor;
-  bool sums;
 
   __device__ BiasGradient(const AttentionParams& p, int b, int h)
-      : data(nullptr), row(p.dbias.row), col(p.dbias.col), factor(256.0f / p.dropout_keep), sums(false) {
-    if (p.dbias.data == nullptr) return;
-    data = static_cast<float*>(p.dbias.data) + b * p.dbias.batch + h * p.dbias.head;
-    sums = (p.dbias.batch == 0 && p.batch > 1) || (p.dbias.head == 0 && p.heads_q > 1) ||
-           (row == 0 && p.seqlen_q > 1) || (col == 0 && p.seqlen_k > 1);
+      : data(nullptr), row(p.dbias.row), col(p.dbias.col), factor(256.0f / p.dropout_keep) {
+    if (p.dbias.data != nullptr && !p.dbias_sums) {
+      data = static_cast<float*>(p.dbias.data) + b * p.dbias.batch + h * p.dbias.head;
+    }
   }
   template <int ROWS, int COLS>
-  __device__ __forceinline__ void add(Accumulator<ROWS, COLS>& ds, const Sequence& sequence, int i0, int j0) const {
+  __device__ __forceinline__ void store(Accumulator<ROWS, COLS>& ds, const Sequence& sequence, int i0, int j0) const {
     ds.for_each([&](float& x, int key, int query) {
       const int i = i0 + query, j = j0 + key;
-      if (i >= sequence.len_q || j >= sequence.len_k) return;
-      float* to = data + i * row + j * col;
-      if (!sums) {
-        *to = x * factor;
-      } else if (x != 0) {
-        add_global(to, x * factor);
-      }
+      if (i < sequence.len_q && j < sequence.len_k) data[i * row + j * col] = x * factor;
     });
   }
 };
@@ -104,7 +96,7 @@ struct ScoreGradient {
       if (boundary) hide_invisible<true>(s, p, sequence, i0, j0);
       differentiate(s, dp, lse, row_sum, i0, j0, 1.0f);
       const BiasGradient bias(p, b, h);
-      if (bias.data != nullptr) bias.add(dp, sequence, i0, j0);
+      if (bias.data != nullptr) bias.store(dp, sequence, i0, j0);
       if (p.softcap != 0) slopes.multiply(dp);
     }
   }

@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       }
     }
   }
+  __syncwarp();  // other lanes read these rows
   store_to_tile<T, QTile>(q_tile, warp * kWarpRows, state.out);
   __syncwarp();
   store_rows<kWarpRows, QTile>(head_of(p.out, b, sequence.first_q + row0, h), p.out.row, p.head_dim_v, q_tile,

@@ -44,6 +44,7 @@ struct BlockReader {
   static constexpr int kPeriod = Tile::kPermuted / 2;  // blocks
   uint32_t base[kPeriod];
 
+  BlockReader() = default;
   // tile: shared address of the tile (128-byte aligned), first_row a multiple of 16; column blocks count from
   // first_block.
   __device__ explicit BlockReader(uint32_t tile, int first_row = 0, int first_block = 0) {
@@ -53,6 +54,16 @@ struct BlockReader {
     for (int i = 0; i < kPeriod; ++i) {
       base[i] = tile + first_row * Tile::kRowBytes + Tile::offset(row, 2 * (first_block + i) + chunk);
     }
+  }
+
+  // A reader that begins at block 0, from its first register alone: what a kernel keeps while registers are short.
+  __device__ __forceinline__ static BlockReader from(uint32_t first) {
+    static_assert(Tile::kRowBytes % 128 == 0);
+    BlockReader reader;
+    first = opaque(first);
+#pragma unroll
+    for (int i = 0; i < kPeriod; ++i) reader.base[i] = first ^ (32 * i);
+    return reader;
   }
 
   // Goes to another tile, bytes further on.

@@ -1,5 +1,6 @@
 """Calls at the edge: rows that see nothing, empty sequences and tensors, one row, layouts of every kind."""
 
+import itertools
 import math
 
 import pytest
@@ -200,21 +201,42 @@ def test_large_and_small_values(device, dtype, value):
 
 def test_deterministic_gives_the_same_bits(device, dtype):
     q, k, v = make_qkv(device, dtype, 2, 150, 170, heads=4, heads_k=1)
-    bias = torch.randn(*((2, 4, 150, 170) if device == "cuda" else (1, 4, 1, 170)), device=device)
-    options = {"bias": bias, "sink": torch.randn(4, device=device), "deterministic": True, "causal": True}
-    first = run(q, k, v, options)
-    for _ in range(3):
-        again = run(q, k, v, options)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    for shape in ((1, 4, 1, 170), (1, 4, 150, 170), (2, 4, 150, 170)):
+        bias = torch.randn(shape, device=device)
+        options = {"bias": bias, "sink": torch.randn(4, device=device), "deterministic": True, "causal": True}
+        first = run(q, k, v, options)
+        for _ in range(3):
+            again = run(q, k, v, options)
+            assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.gpu
-def test_deterministic_gradient_of_a_broadcast_bias_is_refused():
-    q, k, v = make_qkv("cuda", torch.float16, 2, 150, 170, heads=4)
-    bias = torch.randn(1, 4, 150, 170, device="cuda", requires_grad=True)
-    with pytest.raises(NotImplementedError, match=r"DETERMINISTIC_BIAS.*expand `bias`"):
-        flash_attention(q, k, v, bias=bias, deterministic=True)
-    flash_attention(q, k, v, bias=bias.detach(), deterministic=True)  # without a gradient there is nothing to sum
+@pytest.mark.parametrize("sums", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_gradients_of_biases_that_broadcast(device, dtype, sums):
+    """Every choice of dimensions of size 1, at lengths of more than a tile of the GPU's kernel."""
+    q, k, v = make_qkv(device, dtype, 2, 150, 270, heads=4, heads_k=2, head_dim=72, head_dim_v=64)
+    shape = tuple(1 if one else n for one, n in zip(sums, (2, 4, 150, 270), strict=True))
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    seed = seed_tensor(3, device)
+    check(q, k, v, bias=bias, causal=True, window=(200, 0), dropout_p=0.1, dropout_seed=seed, small=True)
+
+
+def test_a_bias_that_nothing_reaches_has_gradient_zero(device, dtype):
+    """Keys behind every range, rows of no sequence, a batch of no sequences, no queries at all."""
+    q, k, v = make_qkv(device, dtype, 2, 150, 270)
+    ranges = {"key_range": int32([[0, 100], [10, 90]], device), "query_range": int32([[0, 9], [0, 0]], device)}
+    for shape in ((1, 2, 150, 270), (1, 1, 150, 270), (1, 2, 1, 270), (2, 2, 150, 270)):
+        dbias = run(q, k, v, ranges | {"bias": torch.randn(shape, device=device)})["dbias"]
+        assert (dbias[..., 100:] == 0).all() and dbias[..., :100].isfinite().all()
+        assert shape[2] == 1 or (dbias[:, :, 9:] == 0).all()
+    none = {"bias": torch.randn(1, 2, 1, 270, device=device)}
+    assert (run(q[:, :0], k, v, none)["dbias"] == 0).all()
+    starts = int32([0, 30, 50], device)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 200, "max_seqlen_k": 300}
+    rows = [t[0, :60].contiguous() for t in (q, k, v)]
+    for shape in ((1, 2, 200, 300), (2, 1, 200, 300), (1, 2, 1, 300)):
+        dbias = run(*rows, packed | {"bias": torch.randn(shape, device=device)})["dbias"]
+        assert (dbias[..., 30:] == 0).all() and dbias.isfinite().all()
+        assert shape[2] == 1 or (dbias[:, :, 30:] == 0).all()
 
 
 def test_the_number_of_threads_changes_no_bit():

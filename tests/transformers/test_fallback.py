@@ -167,14 +167,14 @@ def test_autocast_dtype_is_used(tiny, name):
     seen = []
     from hf_flash import attention
 
-    original = attention.flash_attention
+    original = attention.judged_attention
 
     def spy(q, k, v, **keywords):
         seen.append({q.dtype, k.dtype, v.dtype})
         return original(q, k, v, **keywords)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(attention, "flash_attention", spy)
+        patch.setattr(attention, "judged_attention", spy)
         got = tiny.step(ours, inputs)
         want = tiny.step(eager, inputs)
     assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
@@ -222,9 +222,9 @@ def test_deterministic_reaches_the_kernel(tiny, monkeypatch):
     from hf_flash import attention
 
     seen = []
-    original = attention.flash_attention
+    original = attention.judged_attention
     monkeypatch.setattr(
-        attention, "flash_attention", lambda *a, **k: (seen.append(k["deterministic"]), original(*a, **k))[1]
+        attention, "judged_attention", lambda *a, **k: (seen.append(k["deterministic"]), original(*a, **k))[1]
     )
     for value in (True, False, None):
         hf_flash.patch_model(tiny.make("bert"), deterministic=value)(**tiny.batch("bert"))

@@ -1,0 +1,340 @@
+// The gradient of a bias that broadcasts: dS summed over the dimensions of size 1. One CTA owns a tile of the bias's
+// own gradient and walks all the score tiles that it was added to: it computes S = Q K^T and dP = dO V^T again, adds dS
+// up in registers and writes the sum once. So nothing has to be zeroed, no addition is atomic, and every run gives the
+// same bits. Head dimensions are walked in chunks, so one kernel serves them all, on Hopper too.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "attention/score_gradient.cuh"
+#include "portable/cuda_call.h"
+#include "sm80/bias_walk.cuh"
+#include "sm80/instances.h"
+#include "tile/copy.cuh"
+#include "tile/matmul.cuh"
+#include "tile/reduce.cuh"
+
+namespace hf_flash::sm80 {
+
+// Starts copies: one chunk of columns of a task's Q and K, or of its dO and V, after the other, task by task.
+struct BiasLoader {
+  using Config = BiasConfig;
+  const AttentionParams& p;
+  const BiasTask* const tasks;
+  const uint32_t shared;
+  int task, chunk;  // what comes next
+
+  // Into a place that nobody reads any more. Past the last task the group of copies is empty.
+  __device__ __forceinline__ void start(uint32_t place) {
+    const BiasTask& from = tasks[task % Config::kTasks];
+    const int score_chunks = Config::chunks(p.head_dim);
+    if (from.exists) {
+      const bool values = chunk >= score_chunks;
+      const int column = Config::kColumns * (values ? chunk - score_chunks : chunk);
+      const Sequence& sequence = from.sequence;
+      const TileCopy<Config::Tile, Config::kThreads> queries((values ? from.dout : from.q) + 2 * column,
+                                                             values ? p.dout.row : p.q.row,
+                                                             (values ? p.head_dim_v : p.head_dim) - column);
+      queries.start_load(shared + place, from.i0, sequence.query_begin, sequence.query_end);
+      const TileCopy<Config::Tile, Config::kThreads> keys((values ? from.v : from.k) + 2 * column,
+                                                          values ? p.v.row : p.k.row, queries.row_bytes / 2);
+      keys.start_load(shared + place + Config::Tile::kBytes, from.j0, sequence.key_begin, sequence.key_end);
+    }
+    copy_async_commit();
+    if (++chunk == score_chunks + Config::chunks(p.head_dim_v)) ++task, chunk = 0;
+  }
+};
+
+// What one warp holds in registers: 32 queries by 64 keys of S and P, of dP, and of the sum.
+template <class T>
+struct BiasWarp {
+  using Config = BiasConfig;
+  using Tile = Config::Tile;
+  static constexpr int kRows = Config::kWarpQueries, kCols = Config::kWarpKeys;
+
+  const AttentionParams& p;
+  const int row0, col0;  // within the tile
+  using RowReader = BlockReader<Tile, Order::kDown>;
+  using KeyReader = BlockReader<Tile, Order::kAcross>;
+  const uint32_t row_reader, key_reader;  // their first registers
+  FragmentDropout<false> dropout;
+  Accumulator<kRows, kCols> s, dp, sum;
+  RowVector<kRows> lse, row_sum;
+
+  __device__ BiasWarp(const AttentionParams& p, uint32_t shared, int warp)
+      : p(p),
+        row0(uniform(warp % Config::kRowWarps * kRows)),
+        col0(uniform(warp / Config::kRowWarps * kCols)),
+        row_reader(RowReader(shared, row0).base[0]),
+        key_reader(KeyReader(shared + Tile::kBytes, col0).base[0]),
+        dropout(p, 0) {
+    sum.clear();
+  }
+
+  // Fetches lse and row_sum; they are needed when S is complete.
+  __device__ __forceinline__ void begin(const BiasTask& task) {
+#pragma unroll
+    for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
+      const int i = task.i0 + row0 + RowVector<kRows>::row(r);
+      lse.v[r] = CUDART_INF_F;
+      row_sum.v[r] = 0.0f;
+      if (task.sequence.computes(i)) lse.v[r] = task.lse[i], row_sum.v[r] = task.row_sum[i];
+    }
+    s.clear();
+  }
+
+  // c += A B^T over one chunk of at most `columns` columns: A queries of Q or dO, B keys of K or V.
+  __device__ __forceinline__ void multiply(Accumulator<kRows, kCols>& c, uint32_t place, int columns) const {
+    const RowReader rows = RowReader::from(row_reader);
+    const KeyReader keys = KeyReader::from(key_reader);
+    const auto step = [&](int k) {
+      OperandA<kRows, 16> a;
+      load_operand(a, 0, rows, k, place);
+      multiply_by_transpose<T, kCols / 16>(c, 0, a, 0, keys, 0, k, place);
+    };
+    if (columns >= Config::kColumns) {
+#pragma unroll
+      for (int k = 0; k < Config::kColumns / 16; ++k) step(k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < Config::kColumns / 16; ++k) {
+        if (16 * k < columns) step(k);
+      }
+    }
+  }
+
+  // P from S; dP begins with minus the row sum, which then needs no subtraction.
+  __device__ __forceinline__ void to_probabilities(const BiasTask& task) {
+    const int i0 = task.i0 + row0, j0 = task.j0 + col0;
+    const ScoreExtras<T, false> extras(p, task.batch, task.head);
+    extras.apply(s, task.sequence, i0, j0);
+    if (task.boundary) hide_invisible<false>(s, p, task.sequence, i0, j0);
+    const float keep = p.dropout_keep / 256.0f;
+#pragma unroll
+    for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
+      lse.v[r] = lse_for_gradient(lse.v[r]);
+      row_sum.v[r] *= -keep;
+#pragma unroll
+      for (int n = 0; n < kCols / 8; ++n) {
+#pragma unroll
+        for (int e = 2 * (r % 2); e < 2 * (r % 2) + 2; ++e) {
+          s.x[r / 2][n][e] = exp2_fast(s.x[r / 2][n][e] - lse.v[r]);
+          dp.x[r / 2][n][e] = row_sum.v[r];
+        }
+      }
+    }
+  }
+
+  // sum += P (dP - row_sum), with dP masked by dropout.
+  __device__ __forceinline__ void add(const BiasTask& task) {
+    if (p.dropout_keep < 256) drop(task);
+#pragma unroll
+    for (int m = 0; m < kRows / 16; ++m) {
+#pragma unroll
+      for (int n = 0; n < kCols / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.x[m][n][e] += s.x[m][n][e] * dp.x[m][n][e];
+      }
+    }
+  }
+  __device__ __forceinline__ void drop(const BiasTask& task) {
+    static_assert(kRows == 32);  // two 16 x 16 blocks a draw, one above the other
+    dropout.batch_head = task.batch * p.heads_q + task.head;
+    const int i_block = (task.i0 + row0) / 16, j_block = (task.j0 + col0) / 16;
+#pragma unroll
+    for (int block = 0; block < kCols / 16; ++block) {
+      const DropoutWords words = dropout.draw(i_block, j_block + block, i_block + 1, j_block + block);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int n = 2 * block; n < 2 * block + 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (!dropout.keeps(words, m, n, e)) dp.x[m][n][e] = row_sum.v[2 * m + e / 2];
+          }
+        }
+      }
+    }
+  }
+};
+
+// The tile's sum, or its sums over rows, columns or both, to the bias's gradient.
+template <class T>
+struct BiasWriter {
+  using Config = BiasConfig;
+  static constexpr int kRows = Config::kWarpQueries, kCols = Config::kWarpKeys;
+  const AttentionParams& p;
+  const BiasWalk walk;
+  float* const partial;  // in shared memory, [warps side by side or one above the other][row or column of the tile]
+
+  __device__ void write(const BiasWarp<T>& warp) const {
+    if (p.dbias.row != 0 && p.dbias.col != 0) {
+      p.dbias.dtype == DType::kFloat32 ? write_tile<float>(warp) : write_tile<T>(warp);
+    } else if (p.dbias.row != 0) {
+      sum_columns(warp);
+    } else {
+      sum_rows(warp);
+    }
+  }
+
+ private:
+  __device__ int64_t place(int i, int j) const {
+    return walk.batch_begin * p.dbias.batch + walk.head_begin * p.dbias.head + i * p.dbias.row + j * p.dbias.col;
+  }
+  __device__ static void convert(float x, float& to) { to = x; }
+  __device__ static void convert(float x, Half& to) { to = __float2half_rn(x); }
+  __device__ static void convert(float x, BFloat16& to) { to = __float2bfloat16_rn(x); }
+
+  __device__ void write_one(int i, int j, float x) const {
+    if (p.dbias.dtype == DType::kFloat32) {
+      static_cast<float*>(p.dbias.data)[place(i, j)] = x;
+    } else {
+      convert(x, static_cast<T*>(p.dbias.data)[place(i, j)]);
+    }
+  }
+
+  template <class B>
+  __device__ void write_tile(const BiasWarp<T>& warp) const {
+    struct alignas(2 * sizeof(B)) Pair {
+      B x[2];
+    };
+    const bool pairs = p.dbias.row % 2 == 0;  // rows lie one after the other: all begin aligned
+    B* const data = static_cast<B*>(p.dbias.data);
+#pragma unroll
+    for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
+      const int i = walk.i_begin + warp.row0 + RowVector<kRows>::row(r);
+      if (i >= p.seqlen_q) continue;
+#pragma unroll
+      for (int n = 0; n < kCols / 8; ++n) {
+        const int j = walk.j_begin + warp.col0 + 8 * n + lane_col();
+        Pair pair;
+        convert(warp.sum.x[r / 2][n][2 * (r % 2)], pair.x[0]);
+        convert(warp.sum.x[r / 2][n][2 * (r % 2) + 1], pair.x[1]);
+        if (pairs && j + 1 < p.seqlen_k) {
+          *reinterpret_cast<Pair*>(data + place(i, j)) = pair;
+        } else {
+          if (j < p.seqlen_k) data[place(i, j)] = pair.x[0];
+          if (j + 1 < p.seqlen_k) data[place(i, j + 1)] = pair.x[1];
+        }
+      }
+    }
+  }
+
+  // One sum a row of the tile: over the lane's columns, the quad's lanes and the warps side by side, in this order.
+  __device__ void sum_columns(const BiasWarp<T>& warp) const {
+    const RowVector<kRows> sums = lane_row_sum(warp.sum);
+#pragma unroll
+    for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
+      const float x = quad_sum(sums.v[r]);
+      if (lane_col() == 0) {
+        partial[warp.col0 / kCols * Config::kQueries + warp.row0 + RowVector<kRows>::row(r)] = x;
+      }
+    }
+    __syncthreads();
+    const int i = walk.i_begin + threadIdx.x;
+    if (threadIdx.x >= Config::kQueries || i >= p.seqlen_q) return;
+    write_one(i, 0, total(Config::kKeyWarps, Config::kQueries));
+  }
+
+  // One sum a column of the tile, likewise; where columns are summed too, one thread adds them up in order.
+  __device__ void sum_rows(const BiasWarp<T>& warp) const {
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float x = 0;
+#pragma unroll
+        for (int m = 0; m < kRows / 16; ++m) x += warp.sum.x[m][n][e] + warp.sum.x[m][n][e + 2];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) x += shuffle_xor(x, lanes);
+        if (lane_row() == 0) partial[warp.row0 / kRows * Config::kKeys + warp.col0 + 8 * n + lane_col() + e] = x;
+      }
+    }
+    __syncthreads();
+    const int j = walk.j_begin + threadIdx.x;
+    const float sum = threadIdx.x < Config::kKeys ? total(Config::kRowWarps, Config::kKeys) : 0.0f;
+    if (p.dbias.col != 0) {
+      if (threadIdx.x < Config::kKeys && j < p.seqlen_k) write_one(0, j, sum);
+      return;
+    }
+    __syncthreads();
+    if (threadIdx.x < Config::kKeys) partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    float all = 0;
+    for (int column = 0; column < Config::kKeys; ++column) all += partial[column];
+    write_one(0, 0, all);
+  }
+
+  // Of this thread's row or column over the warps.
+  __device__ float total(int warps, int stride) const {
+    float sum = 0;
+    for (int warp = 0; warp < warps; ++warp) sum += partial[warp * stride + threadIdx.x];
+    return sum;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(BiasConfig::kThreads, 1)
+    bias_gradient_kernel(const __grid_constant__ AttentionParams p, const BiasGrid grid) {
+  using Config = BiasConfig;
+  extern __shared__ __align__(128) char shared_memory[];
+  auto* const tasks = reinterpret_cast<BiasTask*>(shared_memory + Config::kTaskPlace);
+  const uint32_t shared = shared_address(shared_memory);
+  if (threadIdx.x == 0) {
+    BiasWalk(p, grid).find_first(p, tasks[0]);
+    BiasWalk(p, grid).find_next(p, tasks[0], tasks[1]);
+  }
+  __syncthreads();
+
+  BiasLoader loader{p, tasks, shared, 0, 0};
+  BiasWarp<T> warp(p, shared, uniform(threadIdx.x / 32));
+  loader.start(0);
+  loader.start(Config::kPlaceBytes);
+  // Each step finds its chunk in shared memory and starts the copies of the step after the next one, into the place
+  // that the step before has left.
+  uint32_t place = 0, free_place = 2 * Config::kPlaceBytes;
+  const auto multiply = [&](auto& c, int head_dim) {
+#pragma unroll 1
+    for (int columns = head_dim; columns > 0; columns -= Config::kColumns) {
+      copy_async_wait<1>();
+      __syncthreads();
+      loader.start(free_place);
+      warp.multiply(c, place, columns);
+      free_place = place;
+      place = place == 2 * Config::kPlaceBytes ? 0 : place + Config::kPlaceBytes;
+    }
+  };
+  for (int n = 0; tasks[n % Config::kTasks].exists; ++n) {
+    // Copies of the task after the next one begin in the next one's first step: one barrier lies between.
+    if (threadIdx.x == 0) {
+      BiasWalk(p, grid).find_next(p, tasks[(n + 1) % Config::kTasks], tasks[(n + 2) % Config::kTasks]);
+    }
+    __syncwarp();
+    const BiasTask& task = tasks[n % Config::kTasks];
+    warp.begin(task);
+    multiply(warp.s, p.head_dim);
+    warp.to_probabilities(task);
+    multiply(warp.dp, p.head_dim_v);
+    warp.add(task);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  const float factor = 256.0f / p.dropout_keep;
+  warp.sum.for_each([&](float& x, int, int) { x *= factor; });
+  BiasWriter<T>{p, BiasWalk(p, grid), reinterpret_cast<float*>(shared_memory)}.write(warp);
+}
+
+template <class T>
+void run_bias_gradient(const AttentionParams& p, cudaStream_t stream) {
+  const auto kernel = bias_gradient_kernel<T>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BiasConfig::kSharedBytes),
+        "shared memory of the bias's gradient");
+  BiasGrid grid(p);
+  for (; grid.tiles > 0 && grid.first_batch < grid.batch; grid.first_batch += TileSchedule::kMaxBatch) {
+    kernel<<<grid.blocks(), BiasConfig::kThreads, BiasConfig::kSharedBytes, stream>>>(p, grid);
+    check_launch("bias_gradient");
+  }
+}
+
+}  // namespace hf_flash::sm80
