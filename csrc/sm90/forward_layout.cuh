@@ -9,7 +9,6 @@
 #include "attention/schedule.cuh"
 #include "attention/tile_range.cuh"
 #include "instructions/tma.cuh"
-#include "portable/cuda_call.h"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/tensor_map.h"
@@ -168,13 +167,6 @@ __device__ __forceinline__ void zero_rows_outside(uint32_t tile, int begin, int 
     const int row = n / 8 % Tile::kRows;
     if (row < begin || row >= end) store_shared_16_bytes(tile + 16 * n, uint4{0, 0, 0, 0});
   }
-}
-
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
 }
 
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
