@@ -114,7 +114,7 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     file.compiler("nvcc_sm90", f"{nvcc} {NVCC} {includes} {GENCODE_SM90}", log=True)
     for source in map(Path, instances.generate(folder)):
         file.compile("nvcc_sm90" if source.name.startswith("sm90") else "nvcc", source)
-    for source in [CSRC / "dispatch.cu", *sorted((CSRC / "portable").glob("*.cu")), *sorted((CSRC / "sm90").glob("*.cu"))]:
+    for source in [CSRC / "dispatch.cu", *sorted(CSRC.glob("portable/*.cu")), *sorted(CSRC.glob("sm90/*.cu"))]:
         file.compile("nvcc", source)
     file.compile("cxx", CSRC / "bindings.cpp")
     libraries = f"-L{toolkit}/lib -L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu -Xlinker -z,defs,-s"

@@ -1,6 +1,7 @@
 // Run-time values to compile-time constants: architecture, dtype, head dimension and variant.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -21,18 +22,15 @@ enum class Arch { kSm80, kSm90 };
 // The folder that serves the current device. HF_FLASH_ARCH forces one, for tests and for users who debug; it is read at
 // every call.
 Arch architecture() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  const int major = compute_capability_major();
   if (major < 8)
     throw std::runtime_error("hf_flash: the CUDA kernels need compute capability 8.0 or newer; this device has " +
                              std::to_string(major) + ".x");
-  const char* value = std::getenv("HF_FLASH_ARCH");
-  const std::string forced(value ? value : "");
-  if (forced.empty()) return major == 9 ? Arch::kSm90 : Arch::kSm80;
-  if (forced == "sm80") return Arch::kSm80;
-  if (forced != "sm90")
-    throw std::runtime_error("hf_flash: HF_FLASH_ARCH is '" + forced + "'; this build has sm80 and sm90");
+  const char* forced = std::getenv("HF_FLASH_ARCH");
+  if (forced == nullptr || *forced == '\0') return major == 9 ? Arch::kSm90 : Arch::kSm80;
+  if (std::strcmp(forced, "sm80") == 0) return Arch::kSm80;
+  if (std::strcmp(forced, "sm90") != 0)
+    throw std::runtime_error(std::string("hf_flash: HF_FLASH_ARCH is '") + forced + "'; this build has sm80 and sm90");
   if (major != 9)
     throw std::runtime_error(
         "hf_flash: HF_FLASH_ARCH is 'sm90', whose kernels need compute capability 9.0; this device "

@@ -152,7 +152,7 @@ def judged_attention(
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
     )
     sink = None if sink is None else sink.to(accumulator).contiguous()
-    out, lse = ops.attention(q, k, v, _four_dimensions(bias), sink, call)
+    out, lse = ops.attention(q, k, v, _four_dimensions(bias), sink, call, return_lse)
     return (out, lse) if return_lse else out
 
 

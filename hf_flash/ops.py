@@ -90,6 +90,7 @@ class Call(NamedTuple):
 
 
 _TENSORS = 8  # the leading fields of Call that are tensors: saved, so that a change in place before backward raises
+_NOTHING = (None,) * (2 + _TENSORS)
 
 
 def _forward(q, k, v, bias, sink, call):
@@ -98,29 +99,40 @@ def _forward(q, k, v, bias, sink, call):
 
 
 class _Attention(torch.autograd.Function):
-    """Forward and backward of the operator; lse takes a gradient too."""
+    """Forward and backward of the operator, with lse among the results, and its gradient, where somebody asks for it.
+
+    Each argument, result and saved tensor takes autograd half a microsecond or more, an absent one too: so bias and
+    sink are left out of a call without either, and None is not saved.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, call):
+    def forward(ctx, call, with_lse, q, k, v, bias=None, sink=None):
         out, lse = _forward(q, k, v, bias, sink, call)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *call[:_TENSORS])
+        optional = (bias, sink, *call[:_TENSORS])
+        ctx.present = [t is not None for t in optional]
+        ctx.save_for_backward(q, k, v, out, lse, *[t for t in optional if t is not None])
         ctx.scalars = call[_TENSORS:]
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if with_lse else out
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, bias, sink, out, lse, mask, alibi_slopes, *rest = ctx.saved_tensors
+    def backward(ctx, dout, dlse=None):
+        q, k, v, out, lse, *saved = ctx.saved_tensors
+        optional = _NOTHING
+        if saved:
+            saved = iter(saved)
+            optional = [next(saved) if present else None for present in ctx.present]
+        bias, sink, mask, alibi_slopes, *rest = optional
         if dout is None:
             dout = torch.zeros_like(out)
-        need_dbias, need_dsink = ctx.needs_input_grad[3:5]
-        dq, dk, dv, dbias, dsink = _BACKWARD(
+        needs = ctx.needs_input_grad
+        need_dbias, need_dsink = needs[5:] or (False, False)
+        gradients = _BACKWARD(
             dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
         )
-        gradients = (dq, dk, dv, dbias, dsink)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _OnceDifferentiable.apply(5, *gradients, dout, dlse, q, k, v, bias, sink)
-        return *gradients, None
+        return None, None, *gradients[: len(needs) - 2]
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -138,16 +150,22 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def attention(q, k, v, bias, sink, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(q, k, v, bias, sink, call: Call, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the operator; differentiable in q, k, v, bias, sink and through both results.
 
     Shapes as in :func:`hf_flash.flash_attention`; arguments are taken as they are, its checks come before.
-    Returns ``(out, lse)``.
+    Returns ``(out, lse)``; without ``with_lse``, lse may be None.
     """
-    tensors = (q, k, v, bias, sink)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(q, k, v, bias, sink, call)
-    return _forward(q, k, v, bias, sink, call)
+    if bias is None and sink is None:
+        differentiable = (q, k, v)
+        recorded = q.requires_grad or k.requires_grad or v.requires_grad
+    else:
+        differentiable = (q, k, v, bias, sink)
+        recorded = any(t is not None and t.requires_grad for t in differentiable)
+    if not (recorded and torch.is_grad_enabled()):
+        return _forward(q, k, v, bias, sink, call)
+    results = _Attention.apply(call, with_lse, *differentiable)
+    return results if with_lse else (results, None)
 
 
 def _row_values(q, cu_seqlens_q):

@@ -98,7 +98,7 @@ def _rows(q, k, v, packed: bool) -> Unsupported | None:
         if t.dtype != dtype:
             return _type(f"`{name}` has dtype {t.dtype} but `q` {q.dtype}; cast them to one dtype")
     shape_q, shape_k, shape_v = q.shape, k.shape, v.shape  # each look at a tensor's shape costs a call into torch
-    if shape_k[:-1] != shape_v[:-1]:
+    if shape_k != shape_v and shape_k[:-1] != shape_v[:-1]:
         return _value(f"`k` {tuple(shape_k)} and `v` {tuple(shape_v)} must agree in all but the last dimension")
     if not packed and shape_k[0] != shape_q[0]:
         return _value(f"`k` has batch size {shape_k[0]} but `q` {shape_q[0]}; expand the smaller one")

@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 template <class Traits>
 void launch_backward(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream) {
   const auto kernel = backward_kernel<Traits>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes),
-        "shared memory of the backward kernel");
+  static SharedMemoryPermit permit;
+  permit.ask(kernel, Traits::kSharedBytes);
   TileSchedule schedule{(p.seqlen_k + Traits::kKeys - 1) / Traits::kKeys, p.heads_k, p.batch};
   for (; schedule.tiles > 0 && schedule.first_batch < p.batch; schedule.first_batch += TileSchedule::kMaxBatch) {
     kernel<<<schedule.grid(), Traits::kThreads, Traits::kSharedBytes, stream>>>(p, accumulator, schedule);
@@ -367,10 +367,7 @@ inline bool is_hopper() {
 #ifdef HF_FLASH_NOT_HOPPER  // to test the other devices' kernels
   return false;
 #endif
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major == 9;
+  return compute_capability_major() == 9;
 }
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>

@@ -328,8 +328,8 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
 template <class T>
 void run_bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   const auto kernel = bias_gradient_kernel<T>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BiasConfig::kSharedBytes),
-        "shared memory of the bias's gradient");
+  static SharedMemoryPermit permit;
+  permit.ask(kernel, BiasConfig::kSharedBytes);
   BiasGrid grid(p);
   for (; grid.tiles > 0 && grid.first_batch < grid.batch; grid.first_batch += TileSchedule::kMaxBatch) {
     kernel<<<grid.blocks(), BiasConfig::kThreads, BiasConfig::kSharedBytes, stream>>>(p, grid);

@@ -315,13 +315,13 @@ void run_forward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
   constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
   const auto kernel = forward_kernel<Traits>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
+  static SharedMemoryPermit permit;
+  permit.ask(kernel, kSharedBytes);
   TileSchedule schedule{(p.seqlen_q + Traits::kRows - 1) / Traits::kRows, p.heads_q, p.batch};
   if (schedule.tiles == 0) return;
   for (; schedule.first_batch < p.batch; schedule.first_batch += TileSchedule::kMaxBatch) {
     kernel<<<schedule.grid(), Traits::kThreads, kSharedBytes, stream>>>(p, schedule);
-    check(cudaGetLastError(), "forward_kernel");
+    check_launch("forward");
   }
 }
 

@@ -12,7 +12,6 @@
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "sm90/backward_producers.cuh"
-#include "sm90/forward_layout.cuh"
 #include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
@@ -266,8 +265,8 @@ void run_backward(const AttentionParams& p, cudaStream_t stream) {
   const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
   portable::row_sum(p, accumulator, stream);
   const auto kernel = backward_kernel<Traits>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BackwardShared<Traits>::kBytes),
-        "shared memory of the backward kernel");
+  static SharedMemoryPermit permit;
+  permit.ask(kernel, BackwardShared<Traits>::kBytes);
   const int multiprocessors = multiprocessor_count();
   const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessors);
   if (schedule.works() > INT32_MAX - (1 << 20))

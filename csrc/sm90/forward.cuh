@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class Traits>
 void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   const auto kernel = forward_kernel<Traits>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ForwardShared<Traits>::kBytes),
-        "shared memory of the forward kernel");
+  static SharedMemoryPermit permit;
+  permit.ask(kernel, ForwardShared<Traits>::kBytes);
   const int multiprocessors = multiprocessor_count();
   const PersistentSchedule schedule = forward_schedule(p, Traits::kRows, multiprocessors);
   if (schedule.works() == 0) return;

@@ -8,7 +8,6 @@
 #include "attention/dropout_fragment.cuh"
 #include "attention/schedule.cuh"
 #include "attention/tile_range.cuh"
-#include "portable/cuda_call.h"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/tma_tile.cuh"
@@ -149,13 +148,6 @@ struct ForwardMaps {
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
   }
 };
-
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
 
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
   PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};

@@ -70,12 +70,20 @@ FEATURES = {
 # that it computes in float32 from probabilities it kept: judged with the floor that attention_rule.unavoidable states.
 WITH_FLOOR = {"window_self", "bias_head", "bias_rows", "bias_one", "sink", "sink_own_dtype", "ranges", "dropout_strong"}
 
+# Likewise in float32 alone, where another release of PyTorch, mathematics library or processor moved PyTorch's own
+# error below half of ours, by some percent.
+FLOAT32_WITH_FLOOR = {"bias", "bias_t5", "bias_float32", "bias_shared"}
+
+
+def has_floor(feature, dtype):
+    return feature in WITH_FLOOR or (dtype == torch.float32 and feature in FLOAT32_WITH_FLOOR)
+
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(device, dtype, feature):
     q, k, v = make_qkv(device, dtype, B, SQ, SK, heads=H, heads_k=2, head_dim=32)
-    floor = feature in WITH_FLOOR or (device == "cuda" and feature == "everything")
-    check(q, k, v, small=floor, **FEATURES[feature](device, dtype))
+    small = has_floor(feature, dtype) or (device == "cuda" and feature == "everything")
+    check(q, k, v, small=small, **FEATURES[feature](device, dtype))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -114,7 +122,7 @@ def test_packed(device, dtype, feature):
         q,
         k,
         v,
-        small=feature in WITH_FLOOR,
+        small=has_floor(feature, dtype),
         max_seqlen_q=40,
         max_seqlen_k=51,
         **lengths,
@@ -126,8 +134,9 @@ def test_packed(device, dtype, feature):
     "head_dim, head_dim_v", [(8, 8), (24, 56), (64, 64), (72, 16), (128, 96), (200, 200), (256, 256)]
 )
 def test_head_dims(device, dtype, head_dim, head_dim_v):
+    """In float32 with the floor: PyTorch's own error in heads so short is small by luck, and moves between releases."""
     q, k, v = make_qkv(device, dtype, 1, 65, 97, head_dim=head_dim, head_dim_v=head_dim_v)
-    check(q, k, v, causal=True)
+    check(q, k, v, causal=True, small=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("heads, heads_k", [(1, 1), (5, 1), (6, 3), (7, 7), (8, 2)])
@@ -161,5 +170,6 @@ def test_lse_keeps_float32_precision(device, dtype):
 
 def test_lse_without_a_gradient_and_lse_alone(device, dtype):
     q, k, v = make_qkv(device, dtype, 2, 40, 50)
-    check(q, k, v, lse_gradient=False)
-    check(q, k, v, dout=torch.zeros(2, 40, 2, 32, dtype=dtype, device=device))
+    small = dtype == torch.float32  # as in test_head_dims
+    check(q, k, v, small=small, lse_gradient=False)
+    check(q, k, v, small=small, dout=torch.zeros(2, 40, 2, 32, dtype=dtype, device=device))
