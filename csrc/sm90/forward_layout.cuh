@@ -35,13 +35,18 @@ struct ForwardTraits {
   using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QRing = Ring<kConfig.q_stages>;
   using KVRing = Ring<kConfig.stages>;
+  // What is added to each score (score_terms.cuh).
+  using ScoreTile = SwizzledTile<kRows, kKeys>;
+  using ScoreRing = Ring<2>;
+  static constexpr int kScoreBytes = EXTRAS ? 2 * ScoreTile::kBytes : 0;
   // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
   static constexpr int kPlans = 4;
 
-  // Shared memory: Q, K, V, plans, barriers.
+  // Shared memory: Q, K, V, bias, plans, barriers.
   static constexpr int kK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kV = kK + kConfig.stages * KVTile::kBytes;
-  static constexpr int kPlan = kV + kConfig.stages * KVTile::kBytes;
+  static constexpr int kScores = kV + kConfig.stages * KVTile::kBytes;
+  static constexpr int kPlan = kScores + kScoreBytes;
 };
 
 // A piece of work: one tile of query rows of one head.
@@ -49,6 +54,7 @@ template <class Traits>
 struct ForwardPlan {
   int row0, head, batch;  // row0 = -1: there is no more
   int zero_from;          // V's rows from here on hold something else, if they lie inside the tensor
+  float slope;            // ALiBi
   Sequence sequence;
   TileRange tiles;  // of the CTA
   TileRange own[Traits::kWarpgroups];
@@ -71,6 +77,8 @@ struct ForwardPlan {
       head = work.head;
       batch = work.batch;
       sequence = s;
+      if (Traits::kExtras && p.alibi_slopes != nullptr && row0 >= 0)
+        slope = p.alibi_slopes[batch * p.alibi_batch_stride + head];
       zero_from = s.key_end < p.seqlen_k || p.cu_seqlens_k != nullptr ? s.key_end : INT_MAX;
     }
   }
@@ -79,13 +87,15 @@ struct ForwardPlan {
 template <class Traits>
 struct ForwardShared {
   static constexpr int kBarriers = (Traits::kPlan + Traits::kPlans * sizeof(ForwardPlan<Traits>) + 7) / 8 * 8;
-  static constexpr int kBytes = kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + 8;
+  static constexpr int kBytes =
+      kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + Traits::ScoreRing::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
   typename Traits::QRing q, planned;  // of planned only the full barriers are used: a plan is free when Q is
   typename Traits::KVRing k, v;
+  typename Traits::ScoreRing scores;
   uint32_t landed;  // barrier of V tiles that the producer must clean before anybody reads them
 
   __device__ explicit ForwardShared(char* memory)
@@ -95,13 +105,15 @@ struct ForwardShared {
         planned(q.barriers + Traits::QRing::kBytes),
         k(planned.barriers + Traits::QRing::kBytes),
         v(k.barriers + Traits::KVRing::kBytes),
-        landed(v.barriers + Traits::KVRing::kBytes) {}
+        scores(v.barriers + Traits::KVRing::kBytes),
+        landed(scores.barriers + Traits::ScoreRing::kBytes) {}
 
   __device__ void init() const {
     q.init(4 * Traits::kWarpgroups);
     planned.init(1);
     k.init(4 * Traits::kWarpgroups);
     v.init(4 * Traits::kWarpgroups);
+    scores.init(4 * Traits::kWarpgroups);
     mbarrier_init(landed, 1);
   }
   // Of the work that is the work-th of this CTA.
@@ -117,48 +129,79 @@ struct ForwardShared {
   __device__ uint32_t v_tile(uint32_t place) const {
     return base + Traits::kV + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
   }
+  __device__ uint32_t score_tile(uint32_t place) const {
+    return base + Traits::kScores + Traits::ScoreRing::stage(place) * Traits::ScoreTile::kBytes;
+  }
 };
 
-// What dropout keeps of one tile of a warp, as masks of packed pairs: two 16 x 16 blocks side by side a draw.
+// What dropout keeps of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
+// the extras, to save registers, as the words that the masks are made from.
 template <class Traits>
 struct DropoutTile {
   static constexpr int kBlocks = Traits::kKeys / 16, kDraws = (kBlocks + 1) / 2;
-  uint32_t mask[Traits::kDropout ? 2 * kDraws : 1][4];
+  static constexpr bool kMasks = !Traits::kExtras;
+  uint32_t mask[Traits::kDropout && kMasks ? 2 * kDraws : 1][4];
+  DropoutWords words[Traits::kDropout && !kMasks ? kDraws : 1];
 
   // The draw that serves keys 32 n .. 32 n + 31 of the tile.
   __device__ __forceinline__ void draw(const FragmentDropout<false>& dropout, int i_block, int j_block, int n) {
-    const DropoutWords words = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
-    dropout.masks(mask[2 * n], words, 0);
-    dropout.masks(mask[2 * n + 1], words, 1);
+    const DropoutWords drawn = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
+    if constexpr (kMasks) {
+      dropout.masks(mask[2 * n], drawn, 0);
+      dropout.masks(mask[2 * n + 1], drawn, 1);
+    } else {
+      words[n] = drawn;
+    }
   }
-  __device__ __forceinline__ void apply(OperandA<16, Traits::kKeys>& probabilities) const {
+  __device__ __forceinline__ void apply(const FragmentDropout<false>& dropout,
+                                        OperandA<16, Traits::kKeys>& probabilities) const {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
+      uint32_t made[4];
+      if constexpr (!kMasks) dropout.masks(made, words[block / 2], block % 2);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) probabilities.x[0][block][x] &= mask[block][x];
+      for (int x = 0; x < 4; ++x) {
+        if constexpr (kMasks) {
+          probabilities.x[0][block][x] &= mask[block][x];
+        } else {
+          probabilities.x[0][block][x] &= made[x];
+        }
+      }
     }
   }
 };
 
 struct ForwardMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, bias;
+  bool copies_bias;
 
-  ForwardMaps(const AttentionParams& p, int rows, int keys) {
+  ForwardMaps(const AttentionParams& p, int rows, int keys) : bias{}, copies_bias(has_copyable_bias(p)) {
     const int batch = p.packed() ? 1 : p.batch;
     const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, rows);
     k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+    if (copies_bias)
+      bias = tensor_map({p.bias.data, p.bias.batch, p.bias.row, p.bias.head}, p.dtype, p.batch, p.seqlen_q, p.heads_q,
+                        p.seqlen_k, rows);
+  }
+
+  // Can the TMA engine copy tiles of the bias? A mask beside it has to be worked in by the threads.
+  static bool has_copyable_bias(const AttentionParams& p) {
+    const Scores& bias = p.bias;
+    const bool aligned = (reinterpret_cast<uintptr_t>(bias.data) | 2 * (bias.batch | bias.head | bias.row)) % 16 == 0;
+    return bias.data != nullptr && p.mask.data == nullptr && bias.dtype == p.dtype && aligned && bias.col == 1 &&
+           (bias.row > 0 || p.seqlen_q == 1);
   }
 };
 
 // Starts the copy of a tile, from a row on, one box for each 64 columns.
 template <class Tile>
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int row, int head,
-                                          int batch) {
+                                          int batch, int column = 0) {
 #pragma unroll
   for (int block = 0; block < Tile::kBlocks; ++block)
-    tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, 64 * block, row, head, batch);
+    tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, column + 64 * block, row, head, batch);
 }
 
 // A warp zeroes the rows of a tile outside [begin, end).
@@ -179,6 +222,7 @@ inline int multiprocessor_count() {
 
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
   PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};
+  schedule.by_head = p.bias.data != nullptr && p.bias.batch == 0 && p.bias.row != 0;
   if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
     // As many heads as have their keys in the L2 cache, or so few that four CTAs at a time share the keys of each.
     const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_k)} * (p.head_dim + p.head_dim_v);
