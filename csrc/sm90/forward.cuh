@@ -100,7 +100,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
     const auto load_k = [&](int tile, uint32_t place) {
       shared.k.wait_empty(place);
       load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
-      if (Traits::kExtras && maps.copies_bias) load_bias(tile, place);
+      if (Traits::kExtras && maps.scores.copies_bias) load_bias(tile, place);
     };
     // Rows of other sequences or of padding must not reach P V: 0 * NaN. What lies past the tensor is zero already.
     const auto load_v = [&](int tile) {
@@ -149,8 +149,8 @@ struct ForwardWarpgroup {
       : p(p),
         shared(shared),
         warpgroup(warpgroup),
-        factor(Traits::kExtras ? score_factor(p) : static_cast<float>(p.scale) * kLog2E),
-        terms(p, shared, maps.copies_bias, warpgroup),
+        factor(Traits::kExtras ? maps.scores.factor : static_cast<float>(p.scale) * kLog2E),
+        terms(p, shared, maps.scores, warpgroup),
         dropout(p, 0) {}
 
   // Turns at the tensor cores go round the warpgroups.
@@ -158,7 +158,9 @@ struct ForwardWarpgroup {
     if (Traits::kConfig.turns) named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
   }
   __device__ __forceinline__ void pass_turn() const {
-    const int next = warpgroup + 1 < Traits::kWarpgroups ? warpgroup + 1 : 0;
+    // Beside the extras not even the barrier's number finds a register for the whole loop.
+    const int own = Traits::kExtras ? opaque(warpgroup) : warpgroup;
+    const int next = own + 1 < Traits::kWarpgroups ? own + 1 : 0;
     if (Traits::kConfig.turns) named_barrier_arrive(1 + next, 2 * kWarpgroupThreads);
   }
 

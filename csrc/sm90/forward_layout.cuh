@@ -171,27 +171,40 @@ struct DropoutTile {
   }
 };
 
+// What the host works out for the extra terms (score_terms.cuh), all of it in double precision.
+struct ScoreConstants {
+  float scale;
+  float cap, inner;  // softcap c, 0: none, and 2 log2(e) scale / c
+  float factor;  // from the scores that the terms leave, natural units unless a mask at most is there, to log2 units
+  bool copies_bias;  // by the TMA engine; a mask beside the bias has to be worked in by the threads
+
+  explicit ScoreConstants(const AttentionParams& p) {
+    constexpr double kLog2OfE = 1.4426950408889634;
+    const Scores& b = p.bias;
+    const bool natural = p.softcap != 0 || p.alibi_slopes != nullptr || b.data != nullptr || !(p.scale > 0);
+    scale = static_cast<float>(p.scale);
+    cap = static_cast<float>(p.softcap);
+    inner = p.softcap != 0 ? static_cast<float>(2 * kLog2OfE * p.scale / p.softcap) : 0;
+    factor = static_cast<float>(natural ? kLog2OfE : kLog2OfE * p.scale);
+    const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
+    copies_bias = b.data != nullptr && p.mask.data == nullptr && b.dtype == p.dtype && aligned && b.col == 1 &&
+                  (b.row > 0 || p.seqlen_q == 1);
+  }
+};
+
 struct ForwardMaps {
   CUtensorMap q, k, v, bias;
-  bool copies_bias;
+  ScoreConstants scores;
 
-  ForwardMaps(const AttentionParams& p, int rows, int keys) : bias{}, copies_bias(has_copyable_bias(p)) {
+  ForwardMaps(const AttentionParams& p, int rows, int keys) : bias{}, scores(p) {
     const int batch = p.packed() ? 1 : p.batch;
     const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, rows);
     k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
-    if (copies_bias)
+    if (scores.copies_bias)
       bias = tensor_map({p.bias.data, p.bias.batch, p.bias.row, p.bias.head}, p.dtype, p.batch, p.seqlen_q, p.heads_q,
                         p.seqlen_k, rows);
-  }
-
-  // Can the TMA engine copy tiles of the bias? A mask beside it has to be worked in by the threads.
-  static bool has_copyable_bias(const AttentionParams& p) {
-    const Scores& bias = p.bias;
-    const bool aligned = (reinterpret_cast<uintptr_t>(bias.data) | 2 * (bias.batch | bias.head | bias.row)) % 16 == 0;
-    return bias.data != nullptr && p.mask.data == nullptr && bias.dtype == p.dtype && aligned && bias.col == 1 &&
-           (bias.row > 0 || p.seqlen_q == 1);
   }
 };
 

@@ -13,22 +13,13 @@
 
 namespace hf_flash::sm90 {
 
-// Do the terms leave the scores in natural units, scaled? If not, a mask at most was looked at.
-__device__ __forceinline__ bool scales_scores(const AttentionParams& p) {
-  return p.softcap != 0 || p.alibi_slopes != nullptr || p.bias.data != nullptr || !(p.scale > 0);
-}
-
-// What takes the scores that ScoreTerms leaves to log2 units.
-__device__ __forceinline__ float score_factor(const AttentionParams& p) {
-  return scales_scores(p) ? kLog2E : static_cast<float>(p.scale) * kLog2E;
-}
-
 // The bits of -inf; without the sign those of +inf.
 template <class Bits, class T>
 constexpr Bits kMinusInfinity = sizeof(Bits) == 4             ? 0xFF800000u
                                 : std::is_same_v<T, BFloat16> ? 0xFF80u
                                                               : 0xFC00u;
 
+// Four neighbouring elements of a row.
 template <class Bits>
 struct alignas(4 * sizeof(Bits)) Four {
   Bits x[4];
@@ -47,6 +38,24 @@ __device__ __forceinline__ Four<Bits> load_four(const Bits* row, int64_t col, in
   return four;
 }
 
+// Elements where the bool mask is false become -inf. Four bytes at once: bit 7 says "not zero", and its copies choose.
+template <class T>
+__device__ __forceinline__ void hide_unseen(Four<uint16_t>& four, uint32_t mask) {
+  constexpr uint32_t kHidden = kMinusInfinity<uint16_t, T> * 0x10001u;
+  const uint32_t seen = ((mask & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | mask;
+  uint2& pairs = reinterpret_cast<uint2&>(four);
+  const uint32_t low = copy_signs<0x9988>(seen), high = copy_signs<0xBBAA>(seen);
+  pairs.x = (pairs.x & low) | (kHidden & ~low);
+  pairs.y = (pairs.y & high) | (kHidden & ~high);
+}
+template <class T>
+__device__ __forceinline__ void hide_unseen(Four<uint32_t>& four, uint32_t mask) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    four.x[e] = (mask >> (8 * e) & 0xFF) != 0 ? four.x[e] : kMinusInfinity<uint32_t, T>;
+  }
+}
+
 template <class Traits>
 struct ScoreTerms {
   using T = typename Traits::T;
@@ -57,11 +66,12 @@ struct ScoreTerms {
 
   const AttentionParams& p;
   const ForwardShared<Traits>& shared;
-  const bool copied;  // the producer copies the bias
+  const ScoreConstants& constants;
   const int warpgroup;
 
-  __device__ ScoreTerms(const AttentionParams& p, const ForwardShared<Traits>& shared, bool copied, int warpgroup)
-      : p(p), shared(shared), copied(copied), warpgroup(warpgroup) {}
+  __device__ ScoreTerms(const AttentionParams& p, const ForwardShared<Traits>& shared, const ScoreConstants& constants,
+                        int warpgroup)
+      : p(p), shared(shared), constants(constants), warpgroup(warpgroup) {}
 
   // Of the CTA's tile.
   __device__ __forceinline__ int warp_row() const {
@@ -69,21 +79,22 @@ struct ScoreTerms {
   }
   __device__ __forceinline__ bool wide() const { return p.bias.data != nullptr && p.bias.dtype == DType::kFloat32; }
 
-  // Raw products of the tile at (query i0, key j0), `place` in the rings, become scores / score_factor().
+  // Raw products of the tile at (query i0, key j0), `place` in the rings, become scores that count as s * factor in
+  // log2 units.
   __device__ __forceinline__ void apply(Scores& s, const Plan& plan, uint32_t place, int i0, int j0) const {
-    float scale = static_cast<float>(p.scale);
-    if (p.softcap != 0) {
+    float scale = constants.scale;
+    if (constants.cap != 0) {
       cap(s);
       scale = 1.0f;
-    } else if (!(p.scale > 0)) {
-      s.for_each([&](float& x, int, int) { x *= scale; });
+    } else if (!(scale > 0)) {
+      s.for_each([&](float& x, int, int) { x *= constants.scale; });
       scale = 1.0f;
     }
     if (p.alibi_slopes != nullptr) {
       add_alibi(s, scale, plan.slope, i0 + plan.sequence.offset - j0);
       scale = 1.0f;
     }
-    if (copied) {
+    if (constants.copies_bias) {
       shared.scores.wait_full(place);
       for_each_pair(shared.score_tile(place), [&](int n, int e, float2 x) { add(s.x[0][n], e, scale, x); });
       __syncwarp();
@@ -114,7 +125,7 @@ struct ScoreTerms {
   // Before apply(): this warp's rows of a bias that the producer does not copy, -inf where the mask hides; of a mask
   // alone +inf or -inf.
   __device__ __forceinline__ void stage(const Plan& plan, int i0, int j0) const {
-    if (copied || (p.bias.data == nullptr && p.mask.data == nullptr)) return;
+    if (constants.copies_bias || (p.bias.data == nullptr && p.mask.data == nullptr)) return;
     __syncwarp();
     if (wide()) {
       stage_rows<uint32_t>(plan, i0, j0);
@@ -127,7 +138,7 @@ struct ScoreTerms {
  private:
   // c tanh(s / c) = c - 2 c / (exp(2 s / c) + 1), as exact as tanh_fast.
   __device__ __forceinline__ void cap(Scores& s) const {
-    const float cap = static_cast<float>(p.softcap), inner = static_cast<float>(2 * kLog2E * p.scale / p.softcap);
+    const float cap = constants.cap, inner = constants.inner;
     s.for_each([&](float& x, int, int) { x = cap - 2.0f * cap * reciprocal_fast(exp2_fast(x * inner) + 1.0f); });
   }
 
@@ -210,7 +221,7 @@ struct ScoreTerms {
   template <bool WHOLE, int AT_ONCE, class Bits>
   __device__ __forceinline__ void stage_rows(const Bits* bias, const uint8_t* mask, const Sequence& sequence, int i0,
                                              int j0) const {
-    constexpr Bits kHidden = kMinusInfinity<Bits, T>, kSeen = kHidden & static_cast<Bits>(-1) >> 1;
+    constexpr Bits kSeen = kMinusInfinity<Bits, T> & static_cast<Bits>(-1) >> 1;
     const int lane = opaque(threadIdx.x % 32), col = 4 * (lane % kLanes);
 #pragma unroll 1
     for (int first = lane / kLanes; first < 16; first += AT_ONCE * kRows) {
@@ -229,10 +240,7 @@ struct ScoreTerms {
         for (int n = 0; n < AT_ONCE; ++n)
           visible[n] = load_four<WHOLE>(mask + row(n) * p.mask.row, p.mask.col, j0 + col, sequence.len_k);
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) value[n].x[e] = visible[n].x[e] != 0 ? value[n].x[e] : kHidden;
-        }
+        for (int n = 0; n < AT_ONCE; ++n) hide_unseen<T>(value[n], reinterpret_cast<const uint32_t&>(visible[n]));
       }
 #pragma unroll
       for (int n = 0; n < AT_ONCE; ++n) store(first + n * kRows, col, value[n]);
