@@ -81,6 +81,11 @@ __device__ __forceinline__ void copy_async_16_bytes(uint32_t address, const void
                : "memory");
 }
 
+__device__ __forceinline__ void copy_async_8_bytes(uint32_t address, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `pending` of this thread's committed groups are in flight.

@@ -4,11 +4,12 @@
 namespace hf_flash::sm90 {
 
 struct ForwardConfig {
-  int warpgroups;  // consumers, 64 query rows each
-  int keys;        // keys a tile
-  int stages;      // tiles of K, and as many of V, in shared memory
-  int q_stages;    // tiles of Q: with 2 the next one arrives while this one is at work
-  bool turns;      // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  int warpgroups;       // consumers, 64 query rows each
+  int keys;             // keys a tile
+  int stages;           // tiles of K, and as many of V, in shared memory
+  int q_stages;         // tiles of Q: with 2 the next one arrives while this one is at work
+  bool turns;           // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  int bias_stages = 2;  // tiles of a bias, with extras; float32 rows take two
 };
 
 constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, bool small) {

@@ -60,7 +60,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
 }
 
 // The producer warp: for each plan Q, then the key tiles from the last to the first. V of a tile follows K of the tile
-// before it, in the order in which the consumers need them.
+// before it, and then comes that one's bias: the order in which the consumers need them.
 template <class Traits>
 __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardMaps& maps,
                                         const ForwardShared<Traits>& shared) {
@@ -90,6 +90,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
                         coordinate_of(rows.batch, plan.batch));
     };
     const auto load_bias = [&](int tile, uint32_t place) {
+      if (!Traits::kExtras || !maps.scores.copies_bias) return;
       shared.scores.wait_empty(place);
       if (!leader) return;
       mbarrier_arrive_expect_bytes(shared.scores.full(place), Traits::ScoreTile::kBytes);
@@ -100,7 +101,6 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
     const auto load_k = [&](int tile, uint32_t place) {
       shared.k.wait_empty(place);
       load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
-      if (Traits::kExtras && maps.scores.copies_bias) load_bias(tile, place);
     };
     // Rows of other sequences or of padding must not reach P V: 0 * NaN. What lies past the tensor is zero already.
     const auto load_v = [&](int tile) {
@@ -119,9 +119,11 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
       ++tiles;
     };
     load_k(end - 1, tiles);
+    load_bias(end - 1, tiles);
     for (int tile = end - 1; tile > begin; --tile) {
       load_k(tile - 1, tiles + 1);
       load_v(tile);
+      load_bias(tile - 1, tiles);
     }
     load_v(begin);
   }

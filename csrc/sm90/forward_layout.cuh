@@ -37,8 +37,9 @@ struct ForwardTraits {
   using KVRing = Ring<kConfig.stages>;
   // What is added to each score (score_terms.cuh).
   using ScoreTile = SwizzledTile<kRows, kKeys>;
-  using ScoreRing = Ring<2>;
-  static constexpr int kScoreBytes = EXTRAS ? 2 * ScoreTile::kBytes : 0;
+  using ScoreRing = Ring<kConfig.bias_stages>;
+  static constexpr int kScoreBytes = EXTRAS ? kConfig.bias_stages * ScoreTile::kBytes : 0;
+  static_assert(!EXTRAS || kConfig.bias_stages >= 2);
   // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
   static constexpr int kPlans = 4;
 

@@ -100,8 +100,10 @@ struct ScoreTerms {
       __syncwarp();
       shared.scores.release(place);
     } else if (wide()) {
+      finish_copies();
       for_each_wide_pair([&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
     } else if (p.bias.data != nullptr) {
+      finish_copies();
       for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
     } else if (p.mask.data != nullptr) {
       for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) {
@@ -184,7 +186,10 @@ struct ScoreTerms {
     }
   }
 
-  // Rows of float32 have both tiles to themselves.
+  __device__ __forceinline__ uint32_t narrow_address(int row, int col) const {
+    return shared.score_tile(0) + Tile::offset(warp_row() + row, col / 8) + col % 8 * 2;
+  }
+  // Rows of float32 have two tiles to themselves.
   __device__ __forceinline__ uint32_t wide_address(int row, int chunk) const {
     return shared.score_tile(0) + (warp_row() + row) * 4 * kKeys + ((chunk ^ (row % 4 * 2)) << 4);
   }
@@ -209,12 +214,36 @@ struct ScoreTerms {
     const Bits* bias = static_cast<const Bits*>(p.bias.data) + plan.batch * p.bias.batch + plan.head * p.bias.head;
     const uint8_t* mask =
         static_cast<const uint8_t*>(p.mask.data) + plan.batch * p.mask.batch + plan.head * p.mask.head;
-    if (aligned(bias, p.bias) && aligned(mask, p.mask) && j0 + kKeys <= plan.sequence.len_k) {
+    const bool whole = aligned(bias, p.bias) && aligned(mask, p.mask) && j0 + kKeys <= plan.sequence.len_k;
+    if (whole && p.mask.data == nullptr) {
+      copy_rows(bias, plan.sequence, i0, j0);
+    } else if (whole) {
       constexpr int kAtOnce = 16 / sizeof(Bits) < kStagedLoads ? 16 / sizeof(Bits) : kStagedLoads;
       stage_rows<true, kAtOnce>(bias, mask, plan.sequence, i0, j0);
     } else {
       stage_rows<false, 2>(bias, mask, plan.sequence, i0, j0);
     }
+  }
+
+  // Without a register in between: finish_copies() waits.
+  template <class Bits>
+  __device__ __forceinline__ void copy_rows(const Bits* bias, const Sequence& sequence, int i0, int j0) const {
+    const int lane = opaque(threadIdx.x % 32), first = lane / kLanes, col = 4 * (lane % kLanes);
+#pragma unroll 2
+    for (int n = 0; n < kStagedLoads; ++n) {
+      const int row = first + n * kRows, i = min(i0 + row, sequence.len_q - 1);
+      const Bits* from = bias + i * p.bias.row + (j0 + col);
+      if constexpr (sizeof(Bits) == 4) {
+        copy_async_16_bytes(wide_address(row, col / 4), from, 16);
+      } else {
+        copy_async_8_bytes(narrow_address(row, col), from);
+      }
+    }
+    copy_async_commit();
+  }
+  __device__ static __forceinline__ void finish_copies() {
+    copy_async_wait<0>();
+    __syncwarp();
   }
 
   // AT_ONCE: loads in flight.
@@ -254,8 +283,7 @@ struct ScoreTerms {
   }
 
   __device__ __forceinline__ void store(int row, int col, const Four<uint16_t>& x) const {
-    store_shared_8_bytes(shared.score_tile(0) + Tile::offset(warp_row() + row, col / 8) + col % 8 * 2,
-                         reinterpret_cast<const uint2&>(x));
+    store_shared_8_bytes(narrow_address(row, col), reinterpret_cast<const uint2&>(x));
   }
   __device__ __forceinline__ void store(int row, int col, const Four<uint32_t>& x) const {
     store_shared_16_bytes(wide_address(row, col / 4), reinterpret_cast<const uint4&>(x));
