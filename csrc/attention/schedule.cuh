@@ -43,6 +43,7 @@ struct PersistentSchedule {
   int32_t section = 0;            // planes a section; 0: tiles take about as long
   int32_t rounds = 0;             // a section
   bool first_is_longest = false;  // of the tiles of a head, instead of the last
+  bool by_head = false;  // sequences lie side by side, not heads: those that share a bias read it at the same time
 
   int64_t works() const { return int64_t{tiles} * planes; }
 
@@ -60,12 +61,18 @@ struct PersistentSchedule {
   // This CTA's work of a round.
   __device__ Work work(int round) const {
     const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int batch = planes / heads;
     int tile, plane;
     if (section == 0) {
       const uint32_t index = round * gridDim.x + cta;
       plane = index / tiles;
       tile = index % tiles;
       if (plane >= planes) return {-1, 0, 0};
+      if (by_head) {
+        const uint32_t row_tile = index / batch;  // of all heads
+        return {static_cast<int>(row_tile % tiles), static_cast<int>(row_tile / tiles),
+                static_cast<int>(index % batch)};
+      }
     } else {
       const int first = round / rounds * section;
       if (first >= planes) return {-1, 0, 0};
@@ -74,6 +81,7 @@ struct PersistentSchedule {
       const int rank = index / width;
       tile = rank >= tiles || first_is_longest ? rank : tiles - 1 - rank;
     }
+    if (by_head) return {tile, plane / batch, plane % batch};
     return {tile, plane % heads, plane / heads};
   }
 };

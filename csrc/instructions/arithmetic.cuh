@@ -25,6 +25,14 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return 1.0f - 2.0f * reciprocal_fast(exp2_fast(2.0f * kLog2E * x) + 1.0f);
 }
 
+// Bytes of x by a selector of four digits, the lowest byte's digit last: 8 + i is byte i's sign eight times.
+template <uint32_t SELECTOR>
+__device__ __forceinline__ uint32_t copy_signs(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "n"(SELECTOR));
+  return y;
+}
+
 // The value of lane ^ mask.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int mask) {

@@ -50,6 +50,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_8_bytes(uint32_t address, const uint2& x) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_16_bytes(uint32_t address, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
@@ -64,10 +68,21 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 // 16 bytes from global memory past the L1 cache; the last 16 - bytes of them are zeros (bytes = 0: nothing is read).
 __device__ __forceinline__ void copy_async_16_bytes(uint32_t address, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_8_bytes(uint32_t address, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(__cvta_generic_to_global(global))
                : "memory");
 }
 

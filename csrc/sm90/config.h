@@ -4,19 +4,21 @@
 namespace hf_flash::sm90 {
 
 struct ForwardConfig {
-  int warpgroups;  // consumers, 64 query rows each
-  int keys;        // keys a tile
-  int stages;      // tiles of K, and as many of V, in shared memory
-  int q_stages;    // tiles of Q: with 2 the next one arrives while this one is at work
-  bool turns;      // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  int warpgroups;       // consumers, 64 query rows each
+  int keys;             // keys a tile
+  int stages;           // tiles of K, and as many of V, in shared memory
+  int q_stages;         // tiles of Q: with 2 the next one arrives while this one is at work
+  bool turns;           // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  int bias_stages = 2;  // tiles of a bias, with extras; float32 rows take two
 };
 
 constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, bool small) {
 #ifdef HF_FLASH_SM90_FORWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_FORWARD_CONFIG;
 #endif
-  // Extras need registers for themselves; beside D 192 and 256 few are left.
-  if (extras) return {2, head_dim <= 128 ? 64 : 32, 2, 1, true};
+  // Extras: two tiles of a bias share the memory. Blocks of 64 keys, as a bias is copied, where registers allow it.
+  if (extras && head_dim <= 64) return {2, 128, 4, 2, true};
+  if (extras) return {2, head_dim <= 128 ? 128 : head_dim <= 192 ? 64 : 32, 2, 1, true};
   // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, not for dropout's masks beside them.
   // Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
   if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true};

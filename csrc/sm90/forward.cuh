@@ -15,6 +15,7 @@
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
 #include "sm90/forward_layout.cuh"
+#include "sm90/score_terms.cuh"
 #include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
 }
 
 // The producer warp: for each plan Q, then the key tiles from the last to the first. V of a tile follows K of the tile
-// before it, in the order in which the consumers need them.
+// before it, and then comes that one's bias: the order in which the consumers need them.
 template <class Traits>
 __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardMaps& maps,
                                         const ForwardShared<Traits>& shared) {
@@ -88,6 +89,15 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
       load_tile<KVTile>(tile, map, barrier, plan.sequence.first_k + j0, coordinate_of(rows.head, kv_head),
                         coordinate_of(rows.batch, plan.batch));
     };
+    const auto load_bias = [&](int tile, uint32_t place) {
+      if (!Traits::kExtras || !maps.scores.copies_bias) return;
+      shared.scores.wait_empty(place);
+      if (!leader) return;
+      mbarrier_arrive_expect_bytes(shared.scores.full(place), Traits::ScoreTile::kBytes);
+      load_tile<typename Traits::ScoreTile>(shared.score_tile(place), maps.bias, shared.scores.full(place), plan.row0,
+                                            coordinate_of(p.bias.head, plan.head),
+                                            coordinate_of(p.bias.batch, plan.batch), tile * Traits::kKeys);
+    };
     const auto load_k = [&](int tile, uint32_t place) {
       shared.k.wait_empty(place);
       load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
@@ -109,9 +119,11 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
       ++tiles;
     };
     load_k(end - 1, tiles);
+    load_bias(end - 1, tiles);
     for (int tile = end - 1; tile > begin; --tile) {
       load_k(tile - 1, tiles + 1);
       load_v(tile);
+      load_bias(tile - 1, tiles);
     }
     load_v(begin);
   }
@@ -126,18 +138,21 @@ struct ForwardWarpgroup {
   const AttentionParams& p;
   const ForwardShared<Traits>& shared;
   const int warpgroup;
-  const float factor;  // scores count as s * factor in log2 units; with extras they are brought there first
+  const float factor;  // scores count as s * factor in log2 units
+  const ScoreTerms<Traits> terms;
   Accumulator<16, kKeys> s;
   OperandA<16, kKeys> probabilities;
   Accumulator<16, Traits::kHeadDim> out;
   OnlineSoftmax<16> softmax;
   FragmentDropout<false> dropout;
 
-  __device__ ForwardWarpgroup(const AttentionParams& p, const ForwardShared<Traits>& shared, int warpgroup)
+  __device__ ForwardWarpgroup(const AttentionParams& p, const ForwardMaps& maps, const ForwardShared<Traits>& shared,
+                              int warpgroup)
       : p(p),
         shared(shared),
         warpgroup(warpgroup),
-        factor(Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E),
+        factor(Traits::kExtras ? maps.scores.factor : static_cast<float>(p.scale) * kLog2E),
+        terms(p, shared, maps.scores, warpgroup),
         dropout(p, 0) {}
 
   // Turns at the tensor cores go round the warpgroups.
@@ -145,7 +160,9 @@ struct ForwardWarpgroup {
     if (Traits::kConfig.turns) named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
   }
   __device__ __forceinline__ void pass_turn() const {
-    const int next = warpgroup + 1 < Traits::kWarpgroups ? warpgroup + 1 : 0;
+    // Beside the extras not even the barrier's number finds a register for the whole loop.
+    const int own = Traits::kExtras ? opaque(warpgroup) : warpgroup;
+    const int next = own + 1 < Traits::kWarpgroups ? own + 1 : 0;
     if (Traits::kConfig.turns) named_barrier_arrive(1 + next, 2 * kWarpgroupThreads);
   }
 
@@ -166,27 +183,31 @@ struct ForwardWarpgroup {
 
   // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout draws. Returns
   // whether out must be multiplied by `correction`.
-  __device__ __forceinline__ bool exponentiate(const ForwardPlan<Traits>& plan, int tile, bool boundary,
+  __device__ __forceinline__ bool exponentiate(const ForwardPlan<Traits>& plan, int tile, uint32_t place, bool boundary,
                                                RowVector<16>& correction, DropoutTile<Traits>& kept) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
-    if constexpr (Traits::kExtras) {
-      ScoreExtras<T, false>(p, plan.batch, plan.head).apply(s, plan.sequence, row0, j0);
-    }
+    if constexpr (Traits::kExtras) terms.apply(s, plan, place, row0, j0);
     if (boundary) hide_invisible<false>(s, p, plan.sequence, row0, j0);
     RowVector<16> top;
     take_lane_max(top, s, 0, kKeys / 8);
+    if constexpr (Traits::kExtras) terms.keep_lowest_visible(s, top);
     const bool moved = softmax.raise_max(top, factor, correction);
-    if constexpr (Traits::kDropout) {
+    if (drops()) {
       dropout.batch_head = plan.batch * p.heads_q + plan.head;
 #pragma unroll
       for (int n = 0; n < DropoutTile<Traits>::kDraws; ++n) {
-        if (drops()) kept.draw(dropout, row0 / 16, j0 / 16, n);
+        kept.draw(dropout, row0 / 16, j0 / 16, n);
         softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n);
       }
     } else {
       softmax.exponentiate(s, factor, 0, kKeys / 8);
     }
     return moved;
+  }
+
+  // While the products run: what the tile's scores need from global memory.
+  __device__ __forceinline__ void stage_terms(const ForwardPlan<Traits>& plan, int tile) const {
+    if constexpr (Traits::kExtras) terms.stage(plan, first_row(plan), tile * kKeys);
   }
 
   // Does something of the tile have to be hidden from some of this warpgroup's rows?
@@ -199,7 +220,7 @@ struct ForwardWarpgroup {
   // Rounds the probabilities for P V; zeroes what dropout drops.
   __device__ __forceinline__ void round_probabilities(const DropoutTile<Traits>& kept) {
     to_operand<T>(probabilities, s, 0);
-    if (drops()) kept.apply(probabilities);
+    if (drops()) kept.apply(dropout, probabilities);
   }
 
   // The first of this warp's 16 rows.
@@ -239,8 +260,9 @@ struct ForwardWarpgroup {
 // of work, while P V of the current one is under way. Between the start of a product and its wait no branch may hide
 // another one: ptxas would let them run one after the other.
 template <class Traits>
-__device__ __forceinline__ void consume(const AttentionParams& p, const ForwardShared<Traits>& shared, int warpgroup) {
-  ForwardWarpgroup<Traits> state(p, shared, warpgroup);
+__device__ __forceinline__ void consume(const AttentionParams& p, const ForwardMaps& maps,
+                                        const ForwardShared<Traits>& shared, int warpgroup) {
+  ForwardWarpgroup<Traits> state(p, maps, shared, warpgroup);
   if (warpgroup == Traits::kWarpgroups - 1) state.pass_turn();  // the first turn is the first warpgroup's
   uint32_t n = 0, tiles = 0;                                    // pieces of work and key tiles: places in the rings
   shared.q.wait_full(n);
@@ -248,19 +270,22 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardS
   if (plan->row0 < 0) return;
   int tile = plan->tiles.end - 1;
   RowVector<16> correction;
-  DropoutTile<Traits> kept = {};
 
   shared.k.wait_full(tiles);
   state.wait_for_turn();
   state.start_scores(n, tiles);
   state.pass_turn();
+  state.stage_terms(*plan, tile);
   state.out.clear();
   wgmma_wait<0>();
   wgmma_settle(state.s);
   shared.k.release(tiles);
   if (tile == plan->tiles.begin) shared.q.release(n);
-  state.exponentiate(*plan, tile, state.has_boundary(*plan, tile), correction, kept);
-  state.round_probabilities(kept);
+  {
+    DropoutTile<Traits> kept;
+    state.exponentiate(*plan, tile, tiles, state.has_boundary(*plan, tile), correction, kept);
+    state.round_probabilities(kept);
+  }
 
   for (;; ++tiles) {
     const ForwardPlan<Traits>* const current = plan;
@@ -282,11 +307,13 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardS
     if (ends) state.softmax = OnlineSoftmax<16>();
     const bool boundary = state.has_boundary(*plan, tile);
     const bool last = tile == plan->tiles.begin;
+    state.stage_terms(*plan, tile);
     wgmma_wait<1>();
     wgmma_settle(state.s);
     shared.k.release(tiles + 1);
     if (last) shared.q.release(n);
-    const bool moved = state.exponentiate(*plan, tile, boundary, correction, kept);
+    DropoutTile<Traits> kept;  // not carried round the loop: without dropout it would hold its registers all the time
+    const bool moved = state.exponentiate(*plan, tile, tiles + 1, boundary, correction, kept);
     wgmma_wait<0>();
     wgmma_settle(state.out);
     shared.v.release(tiles);
@@ -325,7 +352,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 1) make_plans(p, schedule, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
-    consume(p, shared, warpgroup);
+    consume(p, maps, shared, warpgroup);
   }
 }
 

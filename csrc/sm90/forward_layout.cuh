@@ -32,13 +32,19 @@ struct ForwardTraits {
   using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QRing = Ring<kConfig.q_stages>;
   using KVRing = Ring<kConfig.stages>;
+  // What is added to each score (score_terms.cuh).
+  using ScoreTile = SwizzledTile<kRows, kKeys>;
+  using ScoreRing = Ring<kConfig.bias_stages>;
+  static constexpr int kScoreBytes = EXTRAS ? kConfig.bias_stages * ScoreTile::kBytes : 0;
+  static_assert(!EXTRAS || kConfig.bias_stages >= 2);
   // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
   static constexpr int kPlans = 4;
 
-  // Shared memory: Q, K, V, plans, barriers.
+  // Shared memory: Q, K, V, bias, plans, barriers.
   static constexpr int kK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kV = kK + kConfig.stages * KVTile::kBytes;
-  static constexpr int kPlan = kV + kConfig.stages * KVTile::kBytes;
+  static constexpr int kScores = kV + kConfig.stages * KVTile::kBytes;
+  static constexpr int kPlan = kScores + kScoreBytes;
 };
 
 // A piece of work: one tile of query rows of one head.
@@ -46,6 +52,7 @@ template <class Traits>
 struct ForwardPlan {
   int row0, head, batch;  // row0 = -1: there is no more
   int zero_from;          // V's rows from here on hold something else, if they lie inside the tensor
+  float slope;            // ALiBi
   Sequence sequence;
   TileRange tiles;  // of the CTA
   TileRange own[Traits::kWarpgroups];
@@ -68,6 +75,8 @@ struct ForwardPlan {
       head = work.head;
       batch = work.batch;
       sequence = s;
+      if (Traits::kExtras && p.alibi_slopes != nullptr && row0 >= 0)
+        slope = p.alibi_slopes[batch * p.alibi_batch_stride + head];
       zero_from = s.key_end < p.seqlen_k || p.cu_seqlens_k != nullptr ? s.key_end : INT_MAX;
     }
   }
@@ -76,13 +85,15 @@ struct ForwardPlan {
 template <class Traits>
 struct ForwardShared {
   static constexpr int kBarriers = (Traits::kPlan + Traits::kPlans * sizeof(ForwardPlan<Traits>) + 7) / 8 * 8;
-  static constexpr int kBytes = kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + 8;
+  static constexpr int kBytes =
+      kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + Traits::ScoreRing::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
   typename Traits::QRing q, planned;  // of planned only the full barriers are used: a plan is free when Q is
   typename Traits::KVRing k, v;
+  typename Traits::ScoreRing scores;
   uint32_t landed;  // barrier of V tiles that the producer must clean before anybody reads them
 
   __device__ explicit ForwardShared(char* memory)
@@ -92,13 +103,15 @@ struct ForwardShared {
         planned(q.barriers + Traits::QRing::kBytes),
         k(planned.barriers + Traits::QRing::kBytes),
         v(k.barriers + Traits::KVRing::kBytes),
-        landed(v.barriers + Traits::KVRing::kBytes) {}
+        scores(v.barriers + Traits::KVRing::kBytes),
+        landed(scores.barriers + Traits::ScoreRing::kBytes) {}
 
   __device__ void init() const {
     q.init(4 * Traits::kWarpgroups);
     planned.init(1);
     k.init(4 * Traits::kWarpgroups);
     v.init(4 * Traits::kWarpgroups);
+    scores.init(4 * Traits::kWarpgroups);
     mbarrier_init(landed, 1);
   }
   // Of the work that is the work-th of this CTA.
@@ -114,43 +127,88 @@ struct ForwardShared {
   __device__ uint32_t v_tile(uint32_t place) const {
     return base + Traits::kV + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
   }
+  __device__ uint32_t score_tile(uint32_t place) const {
+    return base + Traits::kScores + Traits::ScoreRing::stage(place) * Traits::ScoreTile::kBytes;
+  }
 };
 
-// What dropout keeps of one tile of a warp, as masks of packed pairs: two 16 x 16 blocks side by side a draw.
+// What dropout keeps of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
+// the extras, to save registers, as the words that the masks are made from.
 template <class Traits>
 struct DropoutTile {
   static constexpr int kBlocks = Traits::kKeys / 16, kDraws = (kBlocks + 1) / 2;
-  uint32_t mask[Traits::kDropout ? 2 * kDraws : 1][4];
+  static constexpr bool kMasks = !Traits::kExtras;
+  uint32_t mask[Traits::kDropout && kMasks ? 2 * kDraws : 1][4];
+  DropoutWords words[Traits::kDropout && !kMasks ? kDraws : 1];
 
   // The draw that serves keys 32 n .. 32 n + 31 of the tile.
   __device__ __forceinline__ void draw(const FragmentDropout<false>& dropout, int i_block, int j_block, int n) {
-    const DropoutWords words = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
-    dropout.masks(mask[2 * n], words, 0);
-    dropout.masks(mask[2 * n + 1], words, 1);
+    const DropoutWords drawn = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
+    if constexpr (kMasks) {
+      dropout.masks(mask[2 * n], drawn, 0);
+      dropout.masks(mask[2 * n + 1], drawn, 1);
+    } else {
+      words[n] = drawn;
+    }
   }
-  __device__ __forceinline__ void apply(OperandA<16, Traits::kKeys>& probabilities) const {
+  __device__ __forceinline__ void apply(const FragmentDropout<false>& dropout,
+                                        OperandA<16, Traits::kKeys>& probabilities) const {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
+      uint32_t made[4];
+      if constexpr (!kMasks) dropout.masks(made, words[block / 2], block % 2);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) probabilities.x[0][block][x] &= mask[block][x];
+      for (int x = 0; x < 4; ++x) {
+        if constexpr (kMasks) {
+          probabilities.x[0][block][x] &= mask[block][x];
+        } else {
+          probabilities.x[0][block][x] &= made[x];
+        }
+      }
     }
   }
 };
 
-struct ForwardMaps {
-  CUtensorMap q, k, v;
+// What the host works out for the extra terms (score_terms.cuh), all of it in double precision.
+struct ScoreConstants {
+  float scale;
+  float cap, inner;  // softcap c, 0: none, and 2 log2(e) scale / c
+  float factor;  // from the scores that the terms leave, natural units unless a mask at most is there, to log2 units
+  bool copies_bias;  // by the TMA engine; a mask beside the bias has to be worked in by the threads
 
-  ForwardMaps(const AttentionParams& p, int rows, int keys) {
+  explicit ScoreConstants(const AttentionParams& p) {
+    constexpr double kLog2OfE = 1.4426950408889634;
+    const Scores& b = p.bias;
+    const bool natural = p.softcap != 0 || p.alibi_slopes != nullptr || b.data != nullptr || !(p.scale > 0);
+    scale = static_cast<float>(p.scale);
+    cap = static_cast<float>(p.softcap);
+    inner = p.softcap != 0 ? static_cast<float>(2 * kLog2OfE * p.scale / p.softcap) : 0;
+    factor = static_cast<float>(natural ? kLog2OfE : kLog2OfE * p.scale);
+    const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
+    copies_bias = b.data != nullptr && p.mask.data == nullptr && b.dtype == p.dtype && aligned && b.col == 1 &&
+                  (b.row > 0 || p.seqlen_q == 1);
+  }
+};
+
+struct ForwardMaps {
+  CUtensorMap q, k, v, bias;
+  ScoreConstants scores;
+
+  ForwardMaps(const AttentionParams& p, int rows, int keys) : bias{}, scores(p) {
     const int batch = p.packed() ? 1 : p.batch;
     const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, rows);
     k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+    if (scores.copies_bias)
+      bias = tensor_map({p.bias.data, p.bias.batch, p.bias.row, p.bias.head}, p.dtype, p.batch, p.seqlen_q, p.heads_q,
+                        p.seqlen_k, rows);
   }
 };
 
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
   PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};
+  schedule.by_head = p.bias.data != nullptr && p.bias.batch == 0 && p.bias.row != 0;
   if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
     // As many heads as have their keys in the L2 cache, or so few that four CTAs at a time share the keys of each.
     const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_k)} * (p.head_dim + p.head_dim_v);

@@ -7,13 +7,13 @@
 
 namespace hf_flash::sm90 {
 
-// Starts the copy of a tile, from a row on, one box for each 64 columns.
+// Starts the copy of a tile, from a row and a column on, one box for each 64 columns.
 template <class Tile>
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int row, int head,
-                                          int batch) {
+                                          int batch, int column = 0) {
 #pragma unroll 1  // the producers' registers are few
   for (int block = 0; block < Tile::kBlocks; ++block)
-    tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, 64 * block, row, head, batch);
+    tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, column + 64 * block, row, head, batch);
 }
 
 // A warp zeroes the rows of a tile outside [begin, end).
