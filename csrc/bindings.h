@@ -117,6 +117,9 @@ inline Tensor kernel_ready(const Tensor& t) {
 #ifdef HF_FLASH_CUDA
   const int64_t elements = 16 / static_cast<int64_t>(t.element_size());
   for (int64_t d = 0; d < last; ++d) fits = fits && (t.size(d) <= 1 || t.stride(d) % elements == 0);
+  // Rows that all lie at one place have no tensor map; heads and batch entries may.
+  const int64_t rows = last - 2;
+  fits = fits && (rows < 0 || t.size(rows) <= 1 || t.stride(rows) != 0);
   const bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
   if (fits && !aligned) return torch::stable::clone(torch::stable::contiguous(t));
 #endif

@@ -107,6 +107,17 @@ struct Sm80Backward {
   }
 };
 
+struct Sm90Backward {
+  const AttentionParams& p;
+  cudaStream_t stream;
+  static constexpr bool has_variants(int) { return true; }
+  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  void operator()() const {
+    if constexpr (sm90::backward_head_dim(HEAD_DIM, EXTRAS) == HEAD_DIM)
+      sm90::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+  }
+};
+
 struct Sm90Forward {
   const AttentionParams& p;
   cudaStream_t stream;
@@ -126,12 +137,24 @@ void forward(const AttentionParams& p, void* stream) {
   with_instance(p, Sm80Forward{p, native(stream)});
 }
 
-int64_t backward_workspace(const AttentionParams& p) { return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p); }
+// The head dimension of Hopper's backward for this call, 0 where the mma.sync kernels serve it.
+static int hopper_head_dim(const AttentionParams& p) {
+  if (architecture() != Arch::kSm90) return 0;
+  return sm90::backward_head_dim(std::max(p.head_dim, p.head_dim_v), has_extras(p));
+}
+
+int64_t backward_workspace(const AttentionParams& p) {
+  const int hopper = hopper_head_dim(p);
+  return DqAccumulator(p, nullptr, hopper ? hopper : head_dim_of(p)).bytes(p);
+}
 
 void backward(const AttentionParams& p, void* stream) {
-  architecture();
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
-  with_instance(p, Sm80Backward{p, native(stream)});
+  switch (hopper_head_dim(p)) {
+    case 64: with_variant<64>(p, Sm90Backward{p, native(stream)}); break;
+    case 128: with_variant<128>(p, Sm90Backward{p, native(stream)}); break;
+    default: with_instance(p, Sm80Backward{p, native(stream)});
+  }
   if (p.dbias_sums) with_type(p, [&](auto element) { sm80::run_bias_gradient<decltype(element)>(p, native(stream)); });
 }
 

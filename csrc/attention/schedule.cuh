@@ -37,12 +37,13 @@ struct TileSchedule {
 // a round of its own, and each round over the CTAs runs in the other direction than the one before: so every CTA gets
 // as much.
 struct PersistentSchedule {
-  int32_t tiles;         // tiles of the longest sequence
-  int32_t heads;         // a sequence
-  int32_t planes;        // batch * heads
-  int32_t section = 0;   // planes a section; 0: tiles take about as long
-  int32_t rounds = 0;    // a section
-  bool by_head = false;  // sequences lie side by side, not heads: those that share a bias read it at the same time
+  int32_t tiles;                  // tiles of the longest sequence
+  int32_t heads;                  // a sequence
+  int32_t planes;                 // batch * heads
+  int32_t section = 0;            // planes a section; 0: tiles take about as long
+  int32_t rounds = 0;             // a section
+  bool first_is_longest = false;  // of the tiles of a head, instead of the last
+  bool by_head = false;           // sequences lie side by side, not heads: a bias that they share is read at once
 
   int64_t works() const { return int64_t{tiles} * planes; }
 
@@ -77,7 +78,8 @@ struct PersistentSchedule {
       if (first >= planes) return {-1, 0, 0};
       const int index = round % rounds * gridDim.x + cta, width = min(section, planes - first);
       plane = first + index % width;
-      tile = index < width * tiles ? tiles - 1 - index / width : tiles;
+      const int rank = index / width;
+      tile = rank >= tiles || first_is_longest ? rank : tiles - 1 - rank;
     }
     if (by_head) return {tile, plane / batch, plane % batch};
     return {tile, plane % heads, plane / heads};

@@ -77,7 +77,10 @@ struct ScoreGradient {
   const int b, h;
 
   __device__ ScoreGradient(const AttentionParams& p, const Sequence& sequence, int b, int h)
-      : p(p), sequence(sequence), dropout(p, b * p.heads_q + h), b(b), h(h) {}
+      : ScoreGradient(p, sequence, b, h, FragmentDropout<true>(p, b * p.heads_q + h)) {}
+  __device__ ScoreGradient(const AttentionParams& p, const Sequence& sequence, int b, int h,
+                           const FragmentDropout<true>& dropout)
+      : p(p), sequence(sequence), dropout(dropout), b(b), h(h) {}
 
   // s, dp: raw products of keys j0 .. and queries i0 .. of query head h; lse (as above) and row_sum of those queries.
   // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
@@ -98,6 +101,52 @@ struct ScoreGradient {
       const BiasGradient bias(p, b, h);
       if (bias.data != nullptr) bias.store(dp, sequence, i0, j0);
       if (p.softcap != 0) slopes.multiply(dp);
+    }
+  }
+
+  // apply() without extras in two halves, for kernels that get dp later than s; a warp's 16 keys. First: raw products
+  // to probabilities. What dropout drops comes out negative.
+  template <int COLS>
+  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, int i0, int j0) const {
+    const float factor = static_cast<float>(p.scale) * kLog2E;
+    DropoutWords words;
+#pragma unroll
+    for (int block = 0; block < COLS / 16; ++block) {
+      if constexpr (DROPOUT) {
+        if (block % 2 == 0) words = dropout.draw(i0 / 16 + block, j0 / 16, i0 / 16 + block + 1, j0 / 16);
+      }
+#pragma unroll
+      for (int n = 2 * block; n < 2 * block + 2; ++n) {
+        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n + lane_col());
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = s.x[0][n][e];
+          x = exp2_fast(x * factor - (e % 2 ? row_lse.y : row_lse.x));
+          if (DROPOUT && !dropout.keeps(words, block % 2, n, e)) x = -x;
+        }
+      }
+    }
+  }
+
+  // Second: leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
+  template <int COLS>
+  __device__ __forceinline__ void differentiate(Accumulator<16, COLS>& s, Accumulator<16, COLS>& dp,
+                                                const float* row_sum) const {
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(row_sum + 8 * n + lane_col());
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& probability = s.x[0][n][e];
+        float& gradient = dp.x[0][n][e];
+        const float row_delta = e % 2 ? delta.y : delta.x;
+        if constexpr (DROPOUT) {
+          gradient = fabsf(probability) * ((probability < 0 ? 0.0f : gradient) - row_delta);
+          probability = fmaxf(probability, 0.0f);
+        } else {
+          gradient = probability * (gradient - row_delta);
+        }
+      }
     }
   }
 

@@ -54,4 +54,7 @@ __device__ __forceinline__ void bulk_wait() {
 // What this thread stored to shared memory becomes visible to the TMA engine and to wgmma, after the next barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory, between what this thread sees or does and the TMA engine.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 }  // namespace hf_flash

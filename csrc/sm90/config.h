@@ -29,6 +29,18 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   return {2, dropout ? 64 : 80, 2, 1, true};
 }
 
+// Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
+struct BackwardConfig {
+  int queries;  // a tile: 128, or 64 where registers or shared memory are short
+};
+
+constexpr BackwardConfig backward_config(int head_dim, bool dropout, bool extras) {
+#ifdef HF_FLASH_SM90_BACKWARD_CONFIG  // for sweeps
+  return HF_FLASH_SM90_BACKWARD_CONFIG;
+#endif
+  return {head_dim <= 64 && !dropout && !extras ? 128 : 64};
+}
+
 // Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536.
 constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }
 constexpr int consumer_registers(int warpgroups) { return warpgroups == 2 ? 240 : 160; }

@@ -10,7 +10,6 @@ namespace hf_flash::sm90 {
 // stages that were filled before it: one register says which stage, and whether the round is odd.
 template <int STAGES>
 struct Ring {
-  static_assert((STAGES & (STAGES - 1)) == 0);
   static constexpr int kBytes = 16 * STAGES;
   uint32_t barriers;
 
@@ -21,14 +20,18 @@ struct Ring {
   __device__ __forceinline__ uint32_t empty(uint32_t place) const { return full(place) + 8; }
 
   // By one thread, before anybody uses the ring.
-  __device__ void init(int consumers) const {
+  __device__ void init(int consumers, int producers = 1) const {
     for (int stage = 0; stage < STAGES; ++stage) {
-      mbarrier_init(barriers + 16 * stage, 1);
+      mbarrier_init(barriers + 16 * stage, producers);
       mbarrier_init(barriers + 16 * stage + 8, consumers);
     }
   }
   __device__ __forceinline__ void wait_empty(uint32_t place) const { mbarrier_wait(empty(place), parity(place) ^ 1); }
   __device__ __forceinline__ void wait_full(uint32_t place) const { mbarrier_wait(full(place), parity(place)); }
+  // A warp says that it has done its part of filling a stage.
+  __device__ __forceinline__ void release_full(uint32_t place) const {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(full(place));
+  }
   // A warp says that it is done with a stage.
   __device__ __forceinline__ void release(uint32_t place) const {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty(place));

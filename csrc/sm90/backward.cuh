@@ -1,0 +1,285 @@
+// Backward for Hopper (FlashAttention-3, Shah et al. 2024, in its outer shape): a CTA owns 128 keys, two warpgroups of
+// 64, and walks the query tiles that see them, for every query head of the group, so dK and dV need no reduction.
+// Scores are computed transposed, keys as rows: P and dS stay in registers as operands of dV and dK. Only dS goes
+// through shared memory, for dQ, which is added in float32 to global memory one step late: so neither warpgroup waits
+// for the other.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "attention/score_gradient.cuh"
+#include "instructions/warpgroup.cuh"
+#include "portable/cuda_call.h"
+#include "portable/portable.h"
+#include "sm90/backward_producers.cuh"
+#include "sm90/forward_layout.cuh"
+#include "tile/store.cuh"
+
+namespace hf_flash::sm90 {
+
+// What one consumer warpgroup holds in registers, and the steps of the algorithm on it.
+template <class Traits>
+struct BackwardWarpgroup {
+  using T = typename Traits::T;
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  using ScoreTile = typename Traits::ScoreTile;
+  static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim, kDqColumns = Traits::kDqColumns;
+
+  const AttentionParams& p;
+  const BackwardShared<Traits>& shared;
+  const int warpgroup, warp;  // warp of the warpgroup
+  Accumulator<16, kQueries> s, dp;
+  Accumulator<16, kHeadDim> dk, dv;
+  Accumulator<16, kDqColumns> dq;
+  OperandA<16, kQueries> probabilities, ds;
+  FragmentDropout<true> dropout;  // the seed is read once
+
+  __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup)
+      : p(p), shared(shared), warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)), dropout(p, 0) {
+    dk.clear();
+    dv.clear();
+  }
+
+  // n: place of the piece of work; step: place of the step. V has one place alone.
+  __device__ __forceinline__ void start_scores(uint32_t n, uint32_t step) {
+    wgmma_fence();
+    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
+        s, KeyTile::descriptor(shared.k_tile(n) + warpgroup * 64 * 128), QueryTile::descriptor(shared.q_tile(step)));
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dp(uint32_t step) {
+    wgmma_fence();
+    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
+        dp, KeyTile::descriptor(shared.v_tile() + warpgroup * 64 * 128), QueryTile::descriptor(shared.dout_tile(step)));
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dk_dv(uint32_t step) {
+    wgmma_fence();
+    start_multiply<T, QueryTile>(dv, probabilities, QueryTile::descriptor(shared.dout_tile(step)));
+    start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
+    wgmma_commit();
+  }
+  // dQ = dS K: dS lies transposed in shared memory.
+  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
+    const uint64_t a =
+        ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * ScoreTile::kBlockBytes));
+    constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
+    const uint64_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kKeys / 16; ++k)
+      wgmma_ss<T, kDqColumns, 1, 1>(wgmma_registers(dq), a + ScoreTile::down(k), b + KeyTile::down(k), k > 0);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
+    return plan.j0 + 64 * warpgroup + 16 * warp;  // of this warp
+  }
+  __device__ __forceinline__ bool has_boundary(const BackwardPlan& plan, int i0) const {
+    return i0 < plan.all[warpgroup].begin || i0 + kQueries > plan.all[warpgroup].end;
+  }
+
+  // S and dP of a step, both under way and S first, become P and dS.
+  __device__ __forceinline__ void differentiate(uint32_t step) {
+    const BackwardStep& at = shared.step(step);
+    const BackwardPlan& plan = shared.plan(at.plan);
+    dropout.batch_head = plan.batch * p.heads_q + at.head;
+    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head, dropout);
+    const bool boundary = has_boundary(plan, at.i0);
+    const int key0 = first_key(plan);
+    const float* lse = shared.row_values(step);
+    if constexpr (Traits::kExtras) {
+      wgmma_wait<0>();
+      wgmma_settle(s);
+      wgmma_settle(dp);
+      gradient.apply(s, dp, lse, lse + kQueries, at.i0, key0, boundary);
+    } else {
+      wgmma_wait<1>();
+      wgmma_settle(s);
+      if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
+      gradient.exponentiate(s, lse, at.i0, key0);
+      wgmma_wait<0>();
+      wgmma_settle(dp);
+      gradient.differentiate(s, dp, lse + kQueries);
+    }
+    if (at.last) shared.v.release(at.plan);
+    to_operand<T>(probabilities, s, 0);
+    to_operand<T>(ds, dp, 0);
+  }
+
+  // dS to shared memory, where both warpgroups read it for dQ.
+  __device__ __forceinline__ void share_ds(uint32_t step) const {
+    shared.ds.wait_empty(step);
+    const int lane = threadIdx.x % 32, row = 64 * warpgroup + 16 * warp + lane % 16, chunk = lane / 16;
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; ++k)
+      stmatrix_x4(shared.ds_tile(step) + ScoreTile::offset(row, 2 * k + chunk), ds.x[0][k]);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.ds.full(step));
+  }
+
+  // Lays dq of a step out as the accumulator has it; a warp of the producers adds it. This warpgroup has blocks of 16
+  // rows with all columns, or half of the columns of each.
+  __device__ __forceinline__ void hand_over_dq(uint32_t step) const {
+    const int lane = threadIdx.x % 32, block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
+    const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
+    const uint32_t rows =
+        shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
+    shared.dq.wait_empty(step);
+#pragma unroll
+    for (int n = 0; n < kDqColumns / 8; ++n) {
+      const float (&x)[4] = dq.x[0][n];
+      store_shared_16_bytes(
+          rows + 4 * DqAccumulator::element(n, 0, 0),
+          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.dq.full(step));
+  }
+
+  // dK and dV of this warp's keys, rounded; both start again at zero.
+  __device__ __forceinline__ void store(const BackwardPlan& plan) {
+    const float dropout_factor = Traits::kDropout ? 256.0f / p.dropout_keep : 1.0f;
+    const float dk_factor = static_cast<float>(p.scale) * dropout_factor;
+    dk.for_each([&](float& x, int, int) { x *= dk_factor; });
+    if (Traits::kDropout) dv.for_each([&](float& x, int, int) { x *= dropout_factor; });
+    const int key0 = first_key(plan), rows = plan.sequence.len_k - key0;
+    const auto head_of = [&](const Rows& x) {
+      return static_cast<T*>(x.data) + plan.batch * x.batch + (plan.sequence.first_k + key0) * x.row +
+             plan.kv_head * x.head;
+    };
+    store_fragment<T>(head_of(p.dk), p.dk.row, p.head_dim, dk, 0, rows);
+    store_fragment<T>(head_of(p.dv), p.dv.row, p.head_dim_v, dv, 0, rows);
+    dk.clear();
+    dv.clear();
+  }
+};
+
+// The steps of all pieces of work form one stream. A round starts dV and dK of the current step, dQ of the step before
+// and S of the next one; while these run dQ leaves, then the next step's P and dS are worked out.
+template <class Traits>
+__device__ __forceinline__ void consume(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup) {
+  BackwardWarpgroup<Traits> state(p, shared, warpgroup);
+  uint32_t step = 0;  // place in the rings
+  shared.steps.wait_full(step);
+  int n = shared.step(step).plan, n_before = n;  // pieces of work of this step and the one before
+  if (n < 0) {
+    shared.dq.release_full(step);
+    return;
+  }
+  shared.k.wait_full(n);
+  state.start_scores(n, step);
+  shared.v.wait_full(n);
+  state.start_dp(step);
+  state.differentiate(step);
+  state.share_ds(step);
+
+  // dQ of the step before, once its product is done.
+  const auto finish_dq = [&] {
+    wgmma_settle(state.dq);
+    shared.ds.release(step - 1);
+    state.hand_over_dq(step - 1);
+    if (n_before != n) shared.k.release(n_before);
+  };
+  for (;; ++step) {
+    shared.steps.wait_full(step + 1);
+    const int n_next = shared.step(step + 1).plan;
+    if (n_next < 0) break;
+    state.start_dk_dv(step);
+    // At the very first step this multiplies what lies in memory, and nobody looks at it.
+    if (step > 0) shared.ds.wait_full(step - 1);
+    state.start_dq(n_before, step - 1);
+    wgmma_wait<1>();  // now the registers of P and dS are free for the next S
+    wgmma_settle(state.dk);
+    wgmma_settle(state.dv);
+    shared.steps.release(step);
+    // Where a piece of work has a single step, the K of three are in use: with two places one must be given back first.
+    const bool early = Traits::kKeyStages < 3 && n_before != n && n_next != n;
+    if (early) {
+      wgmma_wait<0>();
+      finish_dq();
+    }
+    if (n_next != n) shared.k.wait_full(n_next);
+    state.start_scores(n_next, step + 1);
+    wgmma_wait<1>();
+    if (!early && step > 0) finish_dq();
+    if (n_next != n) shared.v.wait_full(n_next);
+    state.start_dp(step + 1);
+    state.differentiate(step + 1);
+    state.share_ds(step + 1);
+    // No earlier: no product may be under way when the registers of dK and dV are cleared.
+    if (n_next != n) state.store(shared.plan(n));
+    n_before = n;
+    n = n_next;
+  }
+
+  state.start_dk_dv(step);
+  if (step > 0) shared.ds.wait_full(step - 1);
+  state.start_dq(n_before, step - 1);
+  wgmma_wait<0>();
+  wgmma_settle(state.dk);
+  wgmma_settle(state.dv);
+  wgmma_settle(state.dq);
+  if (step > 0) state.hand_over_dq(step - 1);
+  shared.ds.wait_full(step);
+  state.start_dq(n, step);
+  wgmma_wait<0>();
+  wgmma_settle(state.dq);
+  state.hand_over_dq(step);
+  state.store(shared.plan(n));
+  shared.dq.wait_empty(step + 1);
+  shared.dq.release_full(step + 1);  // tells that the stream has ended
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
+                    const __grid_constant__ DqAccumulator accumulator,
+                    const __grid_constant__ PersistentSchedule schedule) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  const BackwardShared<Traits> shared(shared_memory);
+  const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
+  if (threadIdx.x == 0) {
+    shared.init();
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (warpgroup == Traits::kWarpgroups) {
+    give_registers_back<Traits::kProducerRegisters>();
+    const int warp = uniform(threadIdx.x / 32 % 4);
+    if (warp == 0) copy_tiles(p, maps, shared);
+    if (warp == 1) make_plans(p, schedule, shared);
+    if (warp == 2) copy_row_values(p, shared);
+    if (warp == 3) add_dq(p, accumulator, shared);
+  } else {
+    take_registers<Traits::kConsumerRegisters>();
+    consume(p, shared, warpgroup);
+  }
+}
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_backward(const AttentionParams& p, cudaStream_t stream) {
+  using Traits = BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
+  portable::row_sum(p, accumulator, stream);
+  const auto kernel = backward_kernel<Traits>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BackwardShared<Traits>::kBytes),
+        "shared memory of the backward kernel");
+  const int multiprocessors = multiprocessor_count();
+  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessors);
+  if (schedule.works() > INT32_MAX - (1 << 20))
+    throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
+  if (schedule.works() > 0) {
+    const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
+    const int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
+    kernel<<<ctas, Traits::kThreads, BackwardShared<Traits>::kBytes, stream>>>(p, maps, accumulator, schedule);
+    check_launch("backward");
+  }
+  portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
+  if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+}
+
+}  // namespace hf_flash::sm90

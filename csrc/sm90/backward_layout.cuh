@@ -1,0 +1,187 @@
+// How the backward divides its work: tiles, shared memory, and what the planning warp tells the others about a piece of
+// it.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+
+#include "attention/schedule.cuh"
+#include "attention/sequence.h"
+#include "portable/dq_accumulator.h"
+#include "sm90/config.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/tma_tile.cuh"
+
+namespace hf_flash::sm90 {
+
+// A piece of work: a tile of keys of one head of k, against the query tiles that see one of them, for each query head
+// of the group.
+struct BackwardPlan {
+  int j0, kv_head, batch;  // j0 = -1: there is no more
+  int begin, end;          // queries, multiples of the tile
+  int first_head, end_head;
+  int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
+  Sequence sequence;
+  KeyRange all[2];  // for each warpgroup's keys the queries that see all of them
+
+  __device__ bool empty() const { return begin == end; }
+};
+
+// One query tile of one query head of a piece of work. The warp that brings its lse and row sums says what it is, and
+// its word stays while any warp may look back.
+struct BackwardStep {
+  int plan;  // the piece of work's place; -1: there are no more steps
+  int head, i0;
+  bool last;  // of the piece of work
+};
+
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+struct BackwardTraits {
+  using T = ELEMENT;
+  static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr bool kExtras = EXTRAS;
+  static constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kKeys = 64 * kWarpgroups;
+  static constexpr int kQueries = backward_config(HEAD_DIM, DROPOUT, EXTRAS).queries;
+  // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
+  static constexpr bool kSplitColumns = kQueries == 64;
+  static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
+  using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
+  using ScoreTile = SwizzledTile<kKeys, kQueries>;  // dS, keys as rows
+
+  // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
+  // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers.
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
+  static constexpr int kV = kKeyStages * KeyTile::kBytes;
+  static constexpr int kQ = kV + KeyTile::kBytes;
+  static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
+  static constexpr int kDs = kDout + kStages * QueryTile::kBytes;
+  static constexpr int kDq = kDs + kStages * ScoreTile::kBytes;
+  static constexpr int kDqBytes = kQueries * HEAD_DIM * static_cast<int>(sizeof(float));
+  static constexpr int kValues = kDq + kDqBytes;
+  static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
+};
+
+// By a warp: each lane works out a part.
+template <class Traits>
+__device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
+                                          const PersistentSchedule::Work& work) {
+  const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
+  if (lane < Traits::kWarpgroups) {
+    const int from = j0 + 64 * lane, to = from + 64;
+    KeyRange all{0, 0};
+    if (from >= sequence.key_begin && to <= sequence.key_end)
+      all = {sequence.queries_of(p, to - 1, to).begin, sequence.queries_of(p, from, from + 1).end};
+    plan.all[lane] = all;
+  } else if (lane == Traits::kWarpgroups) {
+    const int from = max(j0, sequence.key_begin), to = min(j0 + Traits::kKeys, sequence.key_end);
+    const KeyRange seen = from < to ? sequence.queries_of(p, from, to) : KeyRange{0, 0};
+    plan.begin = seen.begin / Traits::kQueries * Traits::kQueries;
+    plan.end = seen.empty() ? plan.begin : (seen.end + Traits::kQueries - 1) / Traits::kQueries * Traits::kQueries;
+  } else if (lane == Traits::kWarpgroups + 1) {
+    const int group = p.heads_q / p.heads_k;
+    plan.j0 = work.tile < 0 ? -1 : j0;
+    plan.kv_head = work.head;
+    plan.batch = work.batch;
+    plan.first_head = work.head * group;
+    plan.end_head = plan.first_head + group;
+    const bool packed = p.cu_seqlens_q != nullptr;
+    plan.zero_queries_from = sequence.query_end < p.seqlen_q || packed ? sequence.query_end : INT_MAX;
+    plan.zero_keys_from = sequence.key_end < p.seqlen_k || packed ? sequence.key_end : INT_MAX;
+    plan.sequence = sequence;
+  }
+}
+
+template <class Traits>
+struct BackwardShared {
+  using Pair = Ring<Traits::kStages>;
+  static constexpr int kBarriers =
+      (Traits::kPlan + Traits::kPlans * static_cast<int>(sizeof(BackwardPlan)) + 7) / 8 * 8;
+  using Keys = Ring<Traits::kKeyStages>;
+  using Single = Ring<1>;
+  static constexpr int kBytes = kBarriers + 2 * Keys::kBytes + 2 * Single::kBytes + 2 * Pair::kBytes + 8;
+  static_assert(kBytes <= 227 * 1024);
+
+  char* memory;
+  uint32_t base;
+  Keys planned, k;  // of planned only the full barriers are used: a plan is free when K is
+  Single v, dq;
+  Pair steps, ds;   // Q, dO, lse and row sums of a step arrive together
+  uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
+
+  __device__ explicit BackwardShared(char* memory)
+      : memory(memory),
+        base(shared_address(memory)),
+        planned(base + kBarriers),
+        k(planned.barriers + Keys::kBytes),
+        v(k.barriers + Keys::kBytes),
+        dq(v.barriers + Single::kBytes),
+        steps(dq.barriers + Single::kBytes),
+        ds(steps.barriers + Pair::kBytes),
+        landed(ds.barriers + Pair::kBytes) {}
+
+  __device__ void init() const {
+    planned.init(1);
+    k.init(Traits::kWarps);
+    v.init(Traits::kWarps);
+    dq.init(1, Traits::kWarps);
+    steps.init(Traits::kWarps, 2);  // filled by the copying warp and by the one that brings the row values
+    ds.init(Traits::kWarps, Traits::kWarps);
+    mbarrier_init(landed, 1);
+  }
+  __device__ BackwardPlan& plan(uint32_t n) const {
+    return reinterpret_cast<BackwardPlan*>(memory + Traits::kPlan)[n % Traits::kPlans];
+  }
+  // Tiles by place in their rings: pieces of work for K and V, steps for the others.
+  __device__ uint32_t k_tile(uint32_t n) const { return base + Keys::stage(n) * Traits::KeyTile::kBytes; }
+  __device__ uint32_t v_tile() const { return base + Traits::kV; }
+  __device__ uint32_t q_tile(uint32_t step) const {
+    return base + Traits::kQ + Pair::stage(step) * Traits::QueryTile::kBytes;
+  }
+  __device__ uint32_t dout_tile(uint32_t step) const {
+    return base + Traits::kDout + Pair::stage(step) * Traits::QueryTile::kBytes;
+  }
+  __device__ uint32_t ds_tile(uint32_t step) const {
+    return base + Traits::kDs + Pair::stage(step) * Traits::ScoreTile::kBytes;
+  }
+  // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
+  __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
+  __device__ BackwardStep& step(uint32_t step) const {
+    return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
+  }
+  // lse in log2 units, then row sums, of a step's queries.
+  __device__ float* row_values(uint32_t step) const {
+    return reinterpret_cast<float*>(memory + Traits::kValues) + Pair::stage(step) * 2 * Traits::kQueries;
+  }
+};
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout;
+
+  BackwardMaps(const AttentionParams& p, int queries, int keys) {
+    const int batch = p.packed() ? 1 : p.batch;
+    const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
+    q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, queries);
+    dout = tensor_map(p.dout, p.dtype, batch, rows_q, p.heads_q, p.head_dim_v, queries);
+    k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
+    v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+  }
+};
+
+// Under a causal mask the first keys are seen by the most queries.
+inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas) {
+  PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
+  if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
+    const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_q)} * (p.head_dim + p.head_dim_v) * (p.heads_q / p.heads_k);
+    schedule.first_is_longest = true;
+    schedule.sort_by_length(std::max<int64_t>((32 << 20) / bytes, ctas / 4), ctas);
+  }
+  return schedule;
+}
+
+}  // namespace hf_flash::sm90

@@ -1,0 +1,207 @@
+// The backward's producer warps: one plans, one copies tiles by TMA, one brings lse and row sums. They run ahead of the
+// consumers as far as the rings allow.
+#pragma once
+
+#include "attention/score_gradient.cuh"
+#include "sm90/backward_layout.cuh"
+
+namespace hf_flash::sm90 {
+
+// By a warp: dK and dV of keys that no query sees.
+template <class Traits>
+__device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, const BackwardPlan& plan) {
+  const int lane = threadIdx.x % 32, end = min(plan.j0 + Traits::kKeys, plan.sequence.len_k);
+  const auto zero = [&](const Rows& x, int64_t row, int dim) {
+    uint16_t* to = static_cast<uint16_t*>(x.data) + plan.batch * x.batch + plan.kv_head * x.head + row * x.row;
+    if (8 * lane < dim) *reinterpret_cast<uint4*>(to + 8 * lane) = uint4{0, 0, 0, 0};
+  };
+  for (int key = plan.j0; key < end; ++key) {
+    zero(p.dk, plan.sequence.first_k + key, p.head_dim);
+    zero(p.dv, plan.sequence.first_k + key, p.head_dim_v);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
+                                           const BackwardShared<Traits>& shared) {
+  uint32_t n = 0;  // pieces of work so far
+  for (int round = 0;; ++round) {
+    const PersistentSchedule::Work work = schedule.work(round);
+    const bool last = work.tile < 0;
+    const Sequence sequence(p, last ? 0 : work.batch);
+    if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
+    shared.k.wait_empty(n);
+    BackwardPlan& plan = shared.plan(n);
+    make_plan<Traits>(plan, p, sequence, work);
+    __syncwarp();
+    if (!last && plan.empty()) {
+      store_zero_gradients<Traits>(p, plan);
+      __syncwarp();
+      continue;
+    }
+    if (elect_one()) mbarrier_arrive(shared.planned.full(n));
+    if (last) return;
+    ++n;
+  }
+}
+
+// For each plan K and V, then Q and dO of each step.
+template <class Traits>
+__device__ __forceinline__ void copy_tiles(const AttentionParams& p, const BackwardMaps& maps,
+                                           const BackwardShared<Traits>& shared) {
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  uint32_t step = 0, landed_parity = 0;
+  const bool leader = elect_one();
+
+  // Tiles with rows of other sequences or of padding are cleaned before the consumers hear of them: 0 * NaN.
+  const auto clean = [&](uint32_t full, auto&& zero) {
+    mbarrier_wait(shared.landed, landed_parity);
+    landed_parity ^= 1;
+    zero();
+    fence_async_proxy();
+    __syncwarp();
+    if (leader) mbarrier_arrive(full);
+  };
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const BackwardPlan& plan = shared.plan(n);
+    if (plan.j0 < 0) return;
+    const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
+      const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
+      const uint32_t barrier = dirty ? shared.landed : full;
+      if (leader) {
+        mbarrier_arrive_expect_bytes(barrier, KeyTile::kBytes);
+        load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
+                           coordinate_of(rows.batch, plan.batch));
+      }
+      if (dirty) {
+        clean(full, [&] {
+          zero_rows_outside<KeyTile>(tile, plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
+        });
+      }
+    };
+    load_keys(shared.k_tile(n), maps.k, p.k, shared.k.full(n));
+    bool has_v = false;
+    const int end_head = uniform(plan.end_head), begin = uniform(plan.begin), end = uniform(plan.end);
+    for (int head = uniform(plan.first_head); head < end_head; ++head) {
+      for (int i0 = begin; i0 < end; i0 += Traits::kQueries, ++step) {
+        const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
+        const uint32_t q_tile = shared.q_tile(step), dout_tile = shared.dout_tile(step), full = shared.steps.full(step);
+        const uint32_t barrier = dirty ? shared.landed : full;
+        const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows) {
+          load_tile<QueryTile>(tile, map, barrier, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
+                               coordinate_of(rows.batch, plan.batch));
+        };
+        shared.steps.wait_empty(step);
+        if (leader) {
+          mbarrier_arrive_expect_bytes(barrier, 2 * QueryTile::kBytes);
+          load(q_tile, maps.q, p.q);
+          load(dout_tile, maps.dout, p.dout);
+        }
+        if (dirty) {
+          clean(full, [&] {
+            zero_rows_outside<QueryTile>(q_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+            zero_rows_outside<QueryTile>(dout_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+          });
+        }
+        if (!has_v) {  // after the first Q: V has one place, which is free later
+          shared.v.wait_empty(n);
+          load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
+          has_v = true;
+        }
+      }
+    }
+  }
+}
+
+// What each step is, and lse, in log2 units, and row sums of its queries; rows that are not computed get probabilities
+// of 0.
+template <class Traits>
+__device__ __forceinline__ void copy_row_values(const AttentionParams& p, const BackwardShared<Traits>& shared) {
+  const float factor = Traits::kDropout ? p.dropout_keep / 256.0f : 1.0f;
+  uint32_t step = 0;
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const BackwardPlan& plan = shared.plan(n);
+    if (plan.j0 < 0) {
+      shared.steps.wait_empty(step);
+      if (elect_one()) {
+        shared.step(step).plan = -1;
+        mbarrier_arrive(shared.steps.full(step));  // twice: nobody copies tiles for it
+        mbarrier_arrive(shared.steps.full(step));
+      }
+      return;
+    }
+    for (int head = plan.first_head; head < plan.end_head; ++head) {
+      const float* lse = static_cast<const float*>(p.lse.data) + plan.batch * p.lse.batch + head * p.lse.head;
+      const float* row_sum =
+          static_cast<const float*>(p.row_sum.data) + plan.batch * p.row_sum.batch + head * p.row_sum.head;
+      for (int i0 = plan.begin; i0 < plan.end; i0 += Traits::kQueries, ++step) {
+        // All loads are under way before the first is needed: their latency counts once.
+        constexpr int kRows = Traits::kQueries / 32;
+        const int64_t row0 = plan.sequence.first_q + i0;
+        const int lane = threadIdx.x % 32, begin = plan.sequence.query_begin - i0, end = plan.sequence.query_end - i0;
+        float row_lse[kRows], row_sums[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const bool computed = 32 * r + lane >= begin && 32 * r + lane < end;
+          row_lse[r] = computed ? lse[row0 + 32 * r + lane] : -CUDART_INF_F;
+          row_sums[r] = computed ? row_sum[row0 + 32 * r + lane] : 0.0f;
+        }
+        shared.steps.wait_empty(step);
+        float* to = shared.row_values(step) + lane;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          to[32 * r] = lse_for_gradient(row_lse[r]);
+          to[Traits::kQueries + 32 * r] = row_sums[r] * factor;
+        }
+        if (threadIdx.x % 32 == 0) {
+          const bool last = head + 1 == plan.end_head && i0 + Traits::kQueries >= plan.end;
+          shared.step(step) = {static_cast<int>(n), head, i0, last};
+        }
+        __syncwarp();
+        if (elect_one()) mbarrier_arrive(shared.steps.full(step));
+      }
+    }
+  }
+}
+
+// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
+// tile take turns. They have consecutive numbers, from that of the queries' first visible key on.
+template <class Traits>
+__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
+                                       const BackwardShared<Traits>& shared) {
+  constexpr int kTileBytes = DqAccumulator::kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
+  if (!elect_one()) return;
+  for (uint32_t step = 0;; ++step) {
+    shared.dq.wait_full(step);
+    const BackwardStep& at = shared.step(step);
+    if (at.plan < 0) break;
+    const BackwardPlan& plan = shared.plan(at.plan);
+    const Sequence& sequence = plan.sequence;
+    if (accumulator.turns != nullptr) {
+      const int row_begin = max(at.i0, sequence.query_begin),
+                row_end = min(at.i0 + Traits::kQueries, sequence.query_end);
+      const int turn = plan.j0 / Traits::kKeys - sequence.keys_of(p, row_begin, row_end).begin / Traits::kKeys;
+      while (load_acquire(accumulator.turn(sequence, plan.batch, at.head, at.i0)) < turn) __nanosleep(20);
+      fence_async_proxy_global();
+    }
+    // The accumulator ends with the sequence's last tile of 64 rows.
+    const int bytes = at.i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
+    bulk_add_float(accumulator.rows(sequence, plan.batch, at.head, at.i0), shared.dq_tile(), bytes);
+    bulk_commit();
+    if (accumulator.turns != nullptr) {
+      bulk_wait<0>();
+      fence_async_proxy_global();
+      __threadfence();
+      add_release(accumulator.turn(sequence, plan.batch, at.head, at.i0), 1);
+    } else {
+      bulk_wait_read<0>();
+    }
+    mbarrier_arrive(shared.dq.empty(step));
+  }
+  bulk_wait<0>();
+}
+
+}  // namespace hf_flash::sm90
