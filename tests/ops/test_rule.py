@@ -70,9 +70,9 @@ FEATURES = {
 # that it computes in float32 from probabilities it kept: judged with the floor that attention_rule.unavoidable states.
 WITH_FLOOR = {"window_self", "bias_head", "bias_rows", "bias_one", "sink", "sink_own_dtype", "ranges", "dropout_strong"}
 
-# Likewise in float32 alone, where another release of PyTorch, mathematics library or processor moved PyTorch's own
-# error below half of ours, by some percent.
-FLOAT32_WITH_FLOOR = {"bias", "bias_t5", "bias_float32", "bias_shared"}
+# Likewise in float32 alone: our error in dk or dbias reaches 0.9 to 1.1 of what the rule allows, by the mathematics
+# library (MKL_CBWR=COMPATIBLE) and instruction set (ATEN_CPU_CAPABILITY=default) that PyTorch's own attention uses.
+FLOAT32_WITH_FLOOR = {"bias", "bias_t5", "bias_float32"}
 
 
 def has_floor(feature, dtype):
@@ -134,7 +134,7 @@ def test_packed(device, dtype, feature):
     "head_dim, head_dim_v", [(8, 8), (24, 56), (64, 64), (72, 16), (128, 96), (200, 200), (256, 256)]
 )
 def test_head_dims(device, dtype, head_dim, head_dim_v):
-    """In float32 with the floor: PyTorch's own error in heads so short is small by luck, and moves between releases."""
+    """In float32 with the floor: without it dq's error is 0.5 to 1.02 of what the rule allows, with torch 2.14.1."""
     q, k, v = make_qkv(device, dtype, 1, 65, 97, head_dim=head_dim, head_dim_v=head_dim_v)
     check(q, k, v, causal=True, small=dtype == torch.float32)
 
