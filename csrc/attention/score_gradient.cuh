@@ -77,10 +77,7 @@ struct ScoreGradient {
   const int b, h;
 
   __device__ ScoreGradient(const AttentionParams& p, const Sequence& sequence, int b, int h)
-      : ScoreGradient(p, sequence, b, h, FragmentDropout<true>(p, b * p.heads_q + h)) {}
-  __device__ ScoreGradient(const AttentionParams& p, const Sequence& sequence, int b, int h,
-                           const FragmentDropout<true>& dropout)
-      : p(p), sequence(sequence), dropout(dropout), b(b), h(h) {}
+      : p(p), sequence(sequence), dropout(p, b * p.heads_q + h), b(b), h(h) {}
 
   // s, dp: raw products of keys j0 .. and queries i0 .. of query head h; lse (as above) and row_sum of those queries.
   // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.

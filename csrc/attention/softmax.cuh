@@ -59,11 +59,29 @@ struct OnlineSoftmax {
     }
   }
 
-  // Both at once, for kernels that may touch out right away.
+  // Both at once, for kernels that may touch out right away; in one loop, which holds fewer registers.
   template <int COLS>
-  __device__ __forceinline__ void update_max(const RowVector<ROWS>& top, Accumulator<ROWS, COLS>& out, float factor) {
-    RowVector<ROWS> correction;
-    if (raise_max(top, factor, correction)) rescale(out, correction);
+  __device__ __forceinline__ void update_max(RowVector<ROWS> top, Accumulator<ROWS, COLS>& out, float factor) {
+    bool moved = false;
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+      top.v[i] *= factor;
+      moved |= top.v[i] > max.v[i] + kMaximumSlack;
+    }
+    if (!any_lane(moved)) return;
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+      const float row_top = quad_max(top.v[i]);
+      const float new_max = row_top > max.v[i] + kMaximumSlack ? row_top : max.v[i];
+      const float correction = exp2_fast(max.v[i] - new_max);
+      max.v[i] = new_max;
+      sum.v[i] *= correction;
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) {
+        out.x[i / 2][n][2 * (i % 2)] *= correction;
+        out.x[i / 2][n][2 * (i % 2) + 1] *= correction;
+      }
+    }
   }
 
   // Scores of columns [8 first_n, 8 (first_n + count)) become probabilities (of the reference maximum), summed up.

@@ -32,10 +32,9 @@ struct BackwardWarpgroup {
   Accumulator<16, kHeadDim> dk, dv;
   Accumulator<16, kDqColumns> dq;
   OperandA<16, kQueries> probabilities, ds;
-  FragmentDropout<true> dropout;  // the seed is read once
 
   __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup)
-      : p(p), shared(shared), warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)), dropout(p, 0) {
+      : p(p), shared(shared), warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
     dk.clear();
     dv.clear();
   }
@@ -83,8 +82,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void differentiate(uint32_t step) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
-    dropout.batch_head = plan.batch * p.heads_q + at.head;
-    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head, dropout);
+    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
     const bool boundary = has_boundary(plan, at.i0);
     const int key0 = first_key(plan);
     const float* lse = shared.row_values(step);
@@ -122,7 +120,8 @@ struct BackwardWarpgroup {
   // Lays dq of a step out as the accumulator has it; a warp of the producers adds it. This warpgroup has blocks of 16
   // rows with all columns, or half of the columns of each.
   __device__ __forceinline__ void hand_over_dq(uint32_t step) const {
-    const int lane = threadIdx.x % 32, block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
+    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
+    const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
     const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
     const uint32_t rows =
         shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
