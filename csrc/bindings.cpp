@@ -109,16 +109,17 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto check_out = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);
     require(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
-    require(t.dim() == q.dim() && t.numel() == p.total_q * p.heads_q * p.head_dim_v, name, " ", t,
-            " must have the shape of out");
+    bool fits = t.dim() == q.dim() && t.size(t.dim() - 1) == p.head_dim_v;
+    for (int64_t d = 0; fits && d + 1 < t.dim(); ++d) fits = t.size(d) == q.size(d);
+    require(fits, name, " ", t, " must have the shape of out");
   };
   check_out(dout, "dout");
   check_out(out, "out");
   const auto check_row_values = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);
-    require(t.scalar_type() == accumulator && t.dim() == static_cast<int64_t>(shape.row_values.size()) &&
-                t.numel() == p.total_q * p.heads_q,
-            name, " ", t, " must be forward's lse in shape and dtype");
+    bool fits = t.scalar_type() == accumulator && t.dim() == static_cast<int64_t>(shape.row_values.size());
+    for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape.row_values[d];
+    require(fits, name, " ", t, " must be forward's lse in shape and dtype");
   };
   check_row_values(lse, "lse");
   if (dlse) {

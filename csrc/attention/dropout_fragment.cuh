@@ -24,9 +24,9 @@ struct FragmentDropout {
 
   // batch_head = batch * Hq + head. One seed for all: kept in uniform registers.
   __device__ FragmentDropout(const AttentionParams& p, uint32_t batch_head)
-      : seed_low(0), seed_high(0), batch_head(batch_head), keep(p.dropout_keep) {
-    if (keep >= 256) return;
-    const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
+      : batch_head(batch_head), keep(p.dropout_keep) {
+    const uint64_t seed = keep < 256 ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+    // Outside the condition: ptxas 13.0 has been seen to guard these by a predicate that nothing sets.
     seed_low = uniform(static_cast<uint32_t>(seed));
     seed_high = uniform(static_cast<uint32_t>(seed >> 32));
   }

@@ -44,7 +44,8 @@ __device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequ
          col_end <= sequence.keys_of(p, row_begin, row_begin + 1).end;
 }
 
-constexpr float kLowestBias = -2.0e38f;  // times log2 e above softmax.cuh's kNothingSeen
+// Times log2 e above softmax.cuh's kNothingSeen; a power of two, so that its products with constants are exact.
+constexpr float kLowestBias = -0x1p127f;
 
 // The terms that most calls do without.
 template <class T, bool TRANSPOSED>

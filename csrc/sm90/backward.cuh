@@ -273,8 +273,12 @@ void run_backward(const AttentionParams& p, cudaStream_t stream) {
   if (schedule.works() > 0) {
     const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
     const int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
-    kernel<<<ctas, Traits::kThreads, BackwardShared<Traits>::kBytes, stream>>>(p, maps, accumulator, schedule);
-    check_launch("backward");
+    cudaLaunchAttribute cooperative;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = accumulator.turns != nullptr;  // who waits for turns needs the others to be there
+    cudaLaunchConfig_t config{dim3(ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
+                              stream,     &cooperative,           1};
+    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule), "backward");
   }
   portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);

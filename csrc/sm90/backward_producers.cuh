@@ -30,7 +30,9 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
-    shared.k.wait_empty(n);
+    // A plan may be made before its keys have a place: they come when the piece of work two before gives its own back,
+    // and that one waits for this plan's first step where it has a single step itself.
+    if (n + Traits::kKeyStages >= 3) shared.k.wait_empty(n + Traits::kKeyStages - 3);
     BackwardPlan& plan = shared.plan(n);
     make_plan<Traits>(plan, p, sequence, work);
     __syncwarp();
@@ -81,7 +83,12 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
         });
       }
     };
-    load_keys(shared.k_tile(n), maps.k, p.k, shared.k.full(n));
+    const auto load_k = [&] {
+      shared.k.wait_empty(n);
+      load_keys(shared.k_tile(n), maps.k, p.k, shared.k.full(n));
+    };
+    // With two places for K the first Q and dO come before it: who must give a place back may wait for them.
+    if (Traits::kKeyStages >= 3) load_k();
     bool has_v = false;
     const int end_head = uniform(plan.end_head), begin = uniform(plan.begin), end = uniform(plan.end);
     for (int head = uniform(plan.first_head); head < end_head; ++head) {
@@ -106,6 +113,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
           });
         }
         if (!has_v) {  // after the first Q: V has one place, which is free later
+          if (Traits::kKeyStages < 3) load_k();
           shared.v.wait_empty(n);
           load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
           has_v = true;
