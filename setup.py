@@ -123,6 +123,11 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
 class Build(build_ext):
     """Each extension is a library of operators that hf_flash/ops.py loads; neither is a Python module."""
 
+    def run(self) -> None:
+        for library in Path(self.build_lib).glob("hf_flash/_*.so"):
+            library.unlink()  # an earlier build's: with HF_FLASH_CUDA=0 its CUDA library must not get into the wheel
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".abi3.so"
 
