@@ -29,6 +29,12 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   return {2, dropout ? 64 : 80, 2, 1, true};
 }
 
+// Are there tiles of 128 rows beside those of 192? They fit a short causal triangle better: 226 against 212 TFLOP/s at
+// S 512, 309 against 271 at 1024, 454 against 518 at 16384.
+constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
+  return head_dim <= 64 && !dropout && !extras;
+}
+
 // Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short

@@ -374,6 +374,9 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
+  if constexpr (has_small_tiles(HEAD_DIM, DROPOUT, EXTRAS)) {
+    if (prefers_small_tiles(p)) return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
+  }
   launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);
 }
 

@@ -206,6 +206,12 @@ struct ForwardMaps {
   }
 };
 
+// A short causal triangle, or a length that tiles of 192 rows overshoot by far.
+inline bool prefers_small_tiles(const AttentionParams& p) {
+  const int64_t rows = p.seqlen_q, large = (rows + 191) / 192 * 192, small = (rows + 127) / 128 * 128;
+  return (p.window_right >= 0 && p.seqlen_q <= 2048) || 8 * large > 9 * small;
+}
+
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
   PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};
   schedule.by_head = p.bias.data != nullptr && p.bias.batch == 0 && p.bias.row != 0;
