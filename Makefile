@@ -5,8 +5,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 p
 PY := $(VENV)/bin/python
 OLDEST := $(VENV)-oldest
 OLDEST_TRANSFORMERS := 5.0.0
-# As in pyproject.toml, and CUTLASS's headers, since --no-build-isolation installs none of it.
-BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10' 'nvidia-cutlass>=4.2'
+# As in pyproject.toml, since --no-build-isolation installs none of it.
+BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10'
 SOURCES := setup.py MANIFEST.in $(shell find csrc -name '[!_.]*' -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 PYTEST = $(PY) -m pytest -q --durations=10

@@ -107,11 +107,10 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     import instances
 
     file = NinjaFile(folder)
-    includes = " ".join([f"-I{CSRC}", *(f"-isystem {f}/source/include" for f in package_folders("cutlass_library"))])
     toolkit = nvcc.resolve().parent.parent  # PyPI's toolkit has lib where nvcc looks for lib64
     file.compiler("cxx", f"{CXX} {HOST} -O2 -DHF_FLASH_CUDA {TORCH_TARGET} -I{CSRC} -isystem {torch}/include")
-    file.compiler("nvcc", f"{nvcc} {NVCC} {includes} {GENCODE}", log=True)
-    file.compiler("nvcc_sm90", f"{nvcc} {NVCC} {includes} {GENCODE_SM90}", log=True)
+    file.compiler("nvcc", f"{nvcc} {NVCC} -I{CSRC} {GENCODE}", log=True)
+    file.compiler("nvcc_sm90", f"{nvcc} {NVCC} -I{CSRC} {GENCODE_SM90}", log=True)
     for source in map(Path, instances.generate(folder)):
         file.compile("nvcc_sm90" if source.name.startswith("sm90") else "nvcc", source)
     for source in [CSRC / "dispatch.cu", *sorted(CSRC.glob("portable/*.cu")), *sorted(CSRC.glob("sm90/*.cu"))]:
@@ -123,6 +122,11 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
 
 class Build(build_ext):
     """Each extension is a library of operators that hf_flash/ops.py loads; neither is a Python module."""
+
+    def run(self) -> None:
+        for library in Path(self.build_lib).glob("hf_flash/_*.so"):
+            library.unlink()  # an earlier build's: with HF_FLASH_CUDA=0 its CUDA library must not get into the wheel
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".abi3.so"
@@ -150,6 +154,6 @@ setup(
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    # For isolated builds, beside pyproject.toml's list: what only the CUDA library needs.
-    setup_requires=["nvidia-cutlass>=4.2", *(PYPI_NVCC if NVCC_PATH is None else [])] if WITH_CUDA else [],
+    # For isolated builds, beside pyproject.toml's list.
+    setup_requires=PYPI_NVCC if WITH_CUDA and NVCC_PATH is None else [],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -18,6 +19,7 @@ from .version import __version__
 # Feature -> keywords of flash_attention that use it, made for q of (1, 16, 4, D).
 _FEATURES = {
     "head dim 64": lambda q: {},
+    "head dim 128": lambda q: {},
     "head dim 256": lambda q: {},
     "head dim 40": lambda q: {},
     "causal, windows": lambda q: {"causal": True, "window": (8, 0)},
@@ -52,7 +54,8 @@ def _driver_version() -> str:
     return found[1] if found else "version unknown"
 
 
-def _reason(feature: str, device: str, dtype: torch.dtype) -> support.Unsupported | None:
+def _served(feature: str, device: str, dtype: torch.dtype) -> str | support.Unsupported:
+    """The folder of csrc whose kernels serve the feature, or the reason why none does."""
     head_dim = int(feature.split()[-1]) if feature.startswith("head dim") else 64
     q = torch.zeros(1, 16, 4, head_dim, device=device, dtype=dtype)
     k = q[:, :, :2] if feature.startswith("grouped") else q
@@ -61,7 +64,8 @@ def _reason(feature: str, device: str, dtype: torch.dtype) -> support.Unsupporte
         q, k = q[0], k[0]
         bounds = torch.tensor([0, 7, 16], dtype=torch.int32, device=device)
         keywords = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 9, "max_seqlen_k": 9}
-    return support.unsupported(q, k, k, **keywords)
+    extras = not keywords.keys().isdisjoint(("softcap", "alibi_slopes", "mask", "bias"))
+    return support.unsupported(q, k, k, **keywords) or support.kernel_name(q.device, head_dim, extras)
 
 
 def doctor() -> int:
@@ -86,6 +90,8 @@ def doctor() -> int:
     for device in devices[1:]:
         major, minor = torch.cuda.get_device_capability(device)
         print(f"GPU {device:9} {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}")
+    if forced := os.environ.get("HF_FLASH_ARCH"):
+        print(f"HF_FLASH_ARCH {forced} forces the kernels of one folder; a call that they cannot serve raises")
     for device in devices:
         _features_of(device)
     return 0
@@ -98,10 +104,13 @@ def _features_of(device: str) -> None:
     for feature in _FEATURES:
         cells = []
         for dtype in dtypes:
-            reason = _reason(feature, device, dtype)
-            cells.append(reason.code if reason else support.kernel_name(device.split(":")[0]))
-            if reason:
-                reasons[reason.code] = reason.sentence
+            served = _served(feature, device, dtype)
+            if isinstance(served, support.Unsupported):
+                reasons[served.code] = served.sentence
+                served = served.code
+            elif "/" in served:
+                reasons[served] = "forward by the kernels of the first folder, backward by those of the second"
+            cells.append(served)
         print(f"{feature:24}" + "".join(f"{cell:>10}" for cell in cells))
     for code, sentence in reasons.items():
         print(f"  {code}: {sentence}")

@@ -6,6 +6,7 @@ falls back and reports. ``csrc/bindings.h`` repeats the checks that protect memo
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -76,9 +77,24 @@ def gpu_reason(device_index: int | None) -> tuple[str, str] | None:
     return None
 
 
-def kernel_name(device_type: str) -> str:
-    """Which of csrc's folders serves calls on this kind of device: "cpu" or "sm80"."""
-    return "sm80" if device_type == "cuda" else "cpu"
+def kernel_name(device: torch.device, head_dim: int = 64, extras: bool = False) -> str:
+    """Which of csrc's folders serves such calls, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
+
+    "sm90/sm80" where the backward has another than the forward; "none" where HF_FLASH_ARCH forces kernels that the
+    device cannot run, and calls raise. extras: softcap, ALiBi, bias or mask.
+    """
+    if device.type != "cuda":
+        return "cpu"
+    own = ("sm80", "sm90") if torch.cuda.get_device_capability(device)[0] == 9 else ("sm80",)
+    chosen = os.environ.get("HF_FLASH_ARCH") or own[-1]
+    if chosen not in own:
+        return "none"
+    return "sm90/sm80" if chosen == "sm90" and not _hopper_backward(head_dim, extras) else chosen
+
+
+def _hopper_backward(head_dim: int, extras: bool) -> bool:
+    """Whether ``csrc/sm90`` has a backward for this head dimension; backward_head_dim() of its instances.h."""
+    return head_dim <= (64 if extras else 128)
 
 
 def _rows(q, k, v, packed: bool) -> Unsupported | None:

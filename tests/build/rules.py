@@ -68,7 +68,9 @@ def include_faults(path: str, source: str) -> list[str]:
             faults.append(f"{path} includes {name}: the architectures never include each other")
         if folder in ("attention", "tile", "instructions", "cpu") and target in ("sm80", "sm90"):
             faults.append(f"{path} includes {name}: {folder} knows no architecture")
-        if folder == "cpu" and target in ("tile", "instructions", "cute", "cutlass", "cuda_runtime.h"):
+        if target in ("cute", "cutlass"):
+            faults.append(f"{path} includes {name}: the build asks for no CUTLASS")
+        if folder == "cpu" and target in ("tile", "instructions", "cuda_runtime.h"):
             faults.append(f"{path} includes {name}: the CPU kernels need no CUDA")
     if folder != "instructions" and re.search(r"\basm\s*(volatile)?\s*\(", source):
         faults.append(f"{path} has asm: it belongs into instructions/")

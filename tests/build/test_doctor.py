@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_flash import __main__ as command
 from hf_flash import ops, support
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CXX = os.environ.get("CXX", "c++")
+BACKWARD_HEAD_DIMS = """#include "sm90/instances.h"
+#include <cstdio>
+int main() {
+  for (int needed = 8; needed <= 256; needed += 8)
+    for (int extras = 0; extras < 2; ++extras)
+      std::printf("%d %d %d\\n", needed, extras, hf_flash::sm90::backward_head_dim(needed, extras));
+}
+"""
 
 
 @pytest.fixture
@@ -60,6 +76,70 @@ def test_doctor_asks_the_code(call, monkeypatch):
     assert cells["softcap"] == ["SOFTCAP"] * 4
     assert cells["dropout"] == ["cpu"] * 4
     assert "  SOFTCAP: this machine lost its tanh" in text
+
+
+@pytest.mark.parametrize("head_dim, extras", [(64, False), (64, True), (96, False), (128, True), (136, False)])
+@pytest.mark.parametrize("capability, forced", [((8, 0), ""), ((9, 0), ""), ((9, 0), "sm80"), ((12, 0), "")])
+def test_kernels_are_named_as_dispatch_chooses(monkeypatch, capability, forced, head_dim, extras):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("HF_FLASH_ARCH", forced)
+    hopper = "sm90" if head_dim <= (64 if extras else 128) else "sm90/sm80"
+    want = hopper if capability == (9, 0) and not forced else "sm80"
+    assert support.kernel_name(torch.device("cuda", 0), head_dim, extras) == want
+    assert support.kernel_name(torch.device("cpu"), head_dim, extras) == "cpu"
+
+
+def test_kernels_forced_on_a_gpu_that_cannot_run_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setenv("HF_FLASH_ARCH", "sm90")
+    assert support.kernel_name(torch.device("cuda", 0)) == "none"
+
+
+def test_doctor_says_what_is_forced(call, monkeypatch):
+    monkeypatch.delenv("HF_FLASH_ARCH", raising=False)
+    assert "HF_FLASH_ARCH" not in call("doctor")[1]
+    monkeypatch.setenv("HF_FLASH_ARCH", "sm80")
+    assert "HF_FLASH_ARCH sm80" in call("doctor")[1]
+
+
+def test_doctor_names_both_passes(call, monkeypatch):
+    """Where the backward has other kernels than the forward; the CPU stands for a Hopper GPU."""
+    choose = support.kernel_name
+    monkeypatch.delenv("HF_FLASH_ARCH", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(support, "kernel_name", lambda device, *rest: choose(torch.device("cuda", 0), *rest))
+    text = call("doctor")[1]
+    cells = table(text, "cpu")
+    assert cells["head dim 128"] == cells["bias with gradient"] == ["sm90"] * 4
+    assert cells["head dim 256"] == ["sm90/sm80"] * 4
+    assert "sm90/sm80: forward by the kernels of the first folder" in text
+
+
+@pytest.mark.skipif(not CSRC.is_dir() or shutil.which(CXX) is None, reason="needs csrc/ and a C++ compiler")
+def test_hopper_backward_is_what_the_kernels_say(tmp_path):
+    """support.py and csrc/instances.py repeat backward_head_dim() of csrc/sm90/instances.h."""
+    (tmp_path / "cuda_runtime.h").write_text("#pragma once\nusing cudaStream_t = void*;\n")
+    (tmp_path / "main.cpp").write_text(BACKWARD_HEAD_DIMS)
+    subprocess.run(
+        [CXX, "-std=c++17", f"-I{tmp_path}", f"-I{CSRC}", tmp_path / "main.cpp", "-o", tmp_path / "a"], check=True
+    )
+    served = {}
+    for line in subprocess.run([tmp_path / "a"], capture_output=True, text=True, check=True).stdout.splitlines():
+        needed, extras, bucket = map(int, line.split())
+        served[needed, extras] = bucket
+        assert support._hopper_backward(needed, bool(extras)) == (bucket > 0), line
+    assert len(served) == 64
+    sys.path.insert(0, str(CSRC))
+    instances = importlib.import_module("instances")
+    sys.path.remove(str(CSRC))
+    for extras in (0, 1):
+        compiled = {
+            d
+            for d in instances.HEAD_DIMS
+            for v in instances._variants("sm90", "backward", d)
+            if instances.VARIANTS[v][1] == bool(extras)
+        }
+        assert compiled == {bucket for (_, e), bucket in served.items() if e == extras and bucket}
 
 
 def test_a_driver_too_old_for_the_build(monkeypatch):

@@ -73,6 +73,7 @@ def test_includes_point_one_way():
         ("include_faults", "cpu/forward.cpp", "#include <torch/csrc/stable/tensor.h>\n"),
         ("include_faults", "bindings.h", "#include <torch/extension.h>\n"),
         ("include_faults", "cpu/forward.cpp", '#include "tile/matmul.cuh"\n'),
+        ("include_faults", "sm90/forward.cuh", "#include <cute/arch/mma_sm90.hpp>\n"),
         ("include_faults", "sm80/forward.cuh", 'asm volatile("mma.sync");\n'),
         ("import_faults", "ops", "from . import backend\n"),
         ("import_faults", "ops", "from .backend import register\n"),
@@ -110,8 +111,7 @@ def test_makefile_installs_what_the_build_requires():
     project = (ROOT / "pyproject.toml").read_text()
     required = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", project, re.MULTILINE)[1])
     makefile = re.search(r"^BUILD_REQUIRES := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert {*required, "nvidia-cutlass>=4.2"} == set(makefile.replace("'", "").split())
-    assert '"nvidia-cutlass>=4.2"' in (ROOT / "setup.py").read_text()
+    assert set(required) == set(makefile.replace("'", "").split())
 
 
 def test_documented_commands_exist():
