@@ -112,7 +112,9 @@ def wgmma_faults(source: str, sass: str) -> list[str]:
         return [f"{source}: no machine code to read: cuobjdump -sass shows no function"]
     if not any("HGMMA" in body for body in bodies):
         return [f"{source}: no HGMMA in the machine code of {', '.join(names)}"]
-    return []
+    # ptxas 13.0 guarded a reduction in a branch by a predicate that nothing had set: dropout's seed became 0 at times.
+    guarded = [name for name, body in zip(names, bodies, strict=True) if re.search(r"@!?U?P\d+ REDUX", body)]
+    return [f"{source}: a reduction under a predicate in {name}; move uniform() out of the branch" for name in guarded]
 
 
 def hopper_faults(objects: list[str]) -> list[str]:

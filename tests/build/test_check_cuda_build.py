@@ -62,6 +62,9 @@ def test_hopper_files_must_multiply_by_wgmma():
     assert check.wgmma_faults("sm90_forward", good) == []
     (fault,) = check.wgmma_faults("sm90_forward", sass(_Z7forward="HMMA.16816.F32 R4, R8, R12, R4"))
     assert "sm90_forward: no HGMMA in the machine code of _Z7forward" in fault
+    guarded = good.replace("HGMMA.64x128x16", "@!P1 REDUX.OR UR48, R4 ; HGMMA.64x128x16")
+    (fault,) = check.wgmma_faults("sm90_forward", guarded)
+    assert "a reduction under a predicate in _Z7forward" in fault
     (fault,) = check.wgmma_faults("sm90_forward", "cuobjdump info : no device code\n")
     assert "no function" in fault
 

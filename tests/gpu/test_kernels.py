@@ -75,6 +75,22 @@ def test_the_backward_drops_the_same_at_every_tile_size(dtype, head_dim):
         assert torch.equal(got, want[:, :, first : first + here])
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_pieces_of_work_of_few_steps(head_dim, deterministic):
+    """More tiles than multiprocessors, some with a single partner: kernels whose CTAs stay must not wait for ever."""
+    for shape, causal in (((2, 1088, 16), True), ((24, 64, 16), False), ((20, 192, 16), True)):
+        batch, seqlen, heads = shape
+        q, k, v = make_qkv("cuda", torch.bfloat16, batch, seqlen, seqlen, heads=heads, head_dim=head_dim)
+        check(q, k, v, causal=causal, deterministic=deterministic)
+    lengths = [1 + 37 * n % 200 for n in range(24)]
+    starts = int32([sum(lengths[:n]) for n in range(25)], "cuda")
+    q, k, v = make_qkv("cuda", torch.float16, None, sum(lengths), sum(lengths), heads=16, head_dim=head_dim)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 200, "max_seqlen_k": 200}
+    check(q, k, v, **packed, causal=True, deterministic=deterministic)
+    check(q, k, v, **packed, dropout_p=0.1, dropout_seed=seed_tensor(3, "cuda"), deterministic=deterministic)
+
+
 def large_enough(gib):
     free, _ = torch.cuda.mem_get_info()
     if free < gib * 2**30:

@@ -199,6 +199,20 @@ def test_large_and_small_values(device, dtype, value):
     torch.testing.assert_close(out, want.expand_as(out), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("bias_dtype", ["own", "float32"])
+def test_rows_whose_biases_are_all_the_lowest_number(device, dtype, bias_dtype):
+    """As Transformers hides a padded row: nothing is hidden then, every key counts alike."""
+    bias_dtype = dtype if bias_dtype == "own" else torch.float32
+    q, k, v = make_qkv(device, dtype, 1, 40, 72, heads=2, head_dim=64)
+    q[:, 5:9] = 0  # float16's lowest number does not swallow scores
+    bias = torch.randn(1, 1, 40, 72, device=device).to(bias_dtype)
+    bias[..., 5:9, :] = torch.finfo(bias_dtype).min
+    out, lse = flash_attention(q, k, v, bias=bias, return_lse=True)
+    mean = v.float().mean(1, keepdim=True).expand(1, 4, 2, 64)
+    torch.testing.assert_close(out[:, 5:9].float(), mean, rtol=2e-2, atol=2e-2)
+    assert lse.isfinite().all()
+
+
 def test_deterministic_gives_the_same_bits(device, dtype):
     q, k, v = make_qkv(device, dtype, 2, 150, 170, heads=4, heads_k=1)
     for shape in ((1, 4, 1, 170), (1, 4, 150, 170), (2, 4, 150, 170)):
