@@ -7,10 +7,6 @@
 
 namespace hf_flash {
 
-__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
-
 // The box at (column, row, head, batch) of the tensor; what lies outside the tensor becomes zeros. The barrier must
 // expect its bytes.
 __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int column,
@@ -20,13 +16,6 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* 
       "[%2];" ::"r"(shared),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
-}
-
-// `bytes` neighbouring bytes (multiples of 16, aligned to 16) from global to shared memory.
-__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
-               : "memory");
 }
 
 // Adds `bytes` neighbouring bytes of float32 in shared memory to global memory.

@@ -25,13 +25,6 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Programmatic dependent launch: the kernel after this one in the stream may start; this one's results are not
-// guaranteed to it before it calls wait_for_previous_kernel().
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // One lane of a full warp.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;

@@ -21,7 +21,6 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from reading or moving a register that a wgmma in flight writes.
 __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
-__device__ __forceinline__ void wgmma_settle(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 // Operand names of the accumulators, and their constraints, in groups of eight.
 #define HF_FLASH_D0 "%0,%1,%2,%3,%4,%5,%6,%7"
