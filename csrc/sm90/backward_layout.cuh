@@ -102,14 +102,18 @@ struct BackwardShared {
   using Pair = Ring<Traits::kStages>;
   static constexpr int kBarriers =
       (Traits::kPlan + Traits::kPlans * static_cast<int>(sizeof(BackwardPlan)) + 7) / 8 * 8;
+  // Plans run ahead of K: their barriers must be as many as their places, or a warp that is late at the start would
+  // find the first phase over twice.
+  using Plans = Ring<Traits::kPlans>;
   using Keys = Ring<Traits::kKeyStages>;
   using Single = Ring<1>;
-  static constexpr int kBytes = kBarriers + 2 * Keys::kBytes + 2 * Single::kBytes + 2 * Pair::kBytes + 8;
+  static constexpr int kBytes = kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + 2 * Pair::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
-  Keys planned, k;  // of planned only the full barriers are used: a plan is free when K is
+  Plans planned;  // only its full barriers are used: a plan is free when K is
+  Keys k;
   Single v, dq;
   Pair steps, ds;   // Q, dO, lse and row sums of a step arrive together
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
@@ -118,7 +122,7 @@ struct BackwardShared {
       : memory(memory),
         base(shared_address(memory)),
         planned(base + kBarriers),
-        k(planned.barriers + Keys::kBytes),
+        k(planned.barriers + Plans::kBytes),
         v(k.barriers + Keys::kBytes),
         dq(v.barriers + Single::kBytes),
         steps(dq.barriers + Single::kBytes),
