@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/sequence.h"
 #include "params.h"
 
 namespace hf_flash::bindings {
@@ -158,7 +159,7 @@ struct Shape {
     batch = packed ? std::max<int64_t>(0, tail.cu_seqlens_q->numel() - 1) : q.size(0);
     seqlen_q = packed ? std::min(tail.max_seqlen_q, q.size(0)) : q.size(1);
     seqlen_k = packed ? std::min(tail.max_seqlen_k, k.size(0)) : k.size(1);
-    require(seqlen_q <= 1 << 28 && seqlen_k <= 1 << 28, "a sequence may have at most 2^28 rows; q has ", seqlen_q,
+    require(seqlen_q <= kLongest && seqlen_k <= kLongest, "a sequence may have at most 2^28 rows; q has ", seqlen_q,
             ", k ", seqlen_k);
     row_values =
         packed ? std::vector<int64_t>{q.size(1), q.size(0)} : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)};

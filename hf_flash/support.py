@@ -81,7 +81,8 @@ def kernel_name(device: torch.device, head_dim: int = 64, extras: bool = False) 
     """Which of csrc's folders serves such calls, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
 
     "sm90/sm80" where the backward has another than the forward; "none" where HF_FLASH_ARCH forces kernels that the
-    device cannot run, and calls raise. extras: softcap, ALiBi, bias or mask.
+    device cannot run, and calls raise. extras: softcap, ALiBi, bias or mask. Packed batches with a head dimension over
+    64, which "sm80" serves everywhere, are not asked about here.
     """
     if device.type != "cuda":
         return "cpu"

@@ -13,7 +13,7 @@ HF_FLASH_HOST_DEVICE int32_t clamp(int32_t value, int32_t low, int32_t high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// Lengths stay below this, offsets and windows below the numbers in Sequence and the bindings: then sums of positions,
+// Lengths stay within this, offsets and windows below the numbers in Sequence and the bindings: then sums of positions,
 // offsets and windows fit 32 bits.
 constexpr int32_t kLongest = 1 << 28;
 
