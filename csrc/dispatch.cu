@@ -40,8 +40,8 @@ Arch architecture() {
 }
 
 // The folder that serves this call. Hopper's kernels for heads wider than 64 leave packed batches to the mma.sync ones:
-// a benchmark's causal batch of ragged lengths at D 128 did not come to its end. A likely cause is mended since, but not
-// shown to be it (benchmarks/FACTS.md).
+// a benchmark's causal batch of ragged lengths at D 128 did not come to its end. A likely cause is mended since, but
+// not shown to be it (benchmarks/FACTS.md).
 Arch architecture_of(const AttentionParams& p) {
   const Arch arch = architecture();
   return p.packed() && std::max(p.head_dim, p.head_dim_v) > 64 ? Arch::kSm80 : arch;
