@@ -39,14 +39,6 @@ Arch architecture() {
   return Arch::kSm90;
 }
 
-// The folder that serves this call. Hopper's kernels for heads wider than 64 leave packed batches to the mma.sync ones:
-// a benchmark's causal batch of ragged lengths at D 128 did not come to its end. A likely cause is mended since, but
-// not shown to be it (benchmarks/FACTS.md).
-Arch architecture_of(const AttentionParams& p) {
-  const Arch arch = architecture();
-  return p.packed() && std::max(p.head_dim, p.head_dim_v) > 64 ? Arch::kSm80 : arch;
-}
-
 // A scale that is not positive counts as one: there scores are scaled before anything is hidden or compared.
 bool has_extras(const AttentionParams& p) {
   return p.softcap != 0 || p.bias.data != nullptr || p.mask.data != nullptr || p.alibi_slopes != nullptr ||
@@ -137,7 +129,7 @@ struct Sm90Forward {
 }  // namespace
 
 void forward(const AttentionParams& p, void* stream) {
-  const Arch arch = architecture_of(p);
+  const Arch arch = architecture();
   if (p.packed()) portable::fill_gaps_forward(p, native(stream));
   if (arch == Arch::kSm90) return with_instance(p, Sm90Forward{p, native(stream)});
   with_instance(p, Sm80Forward{p, native(stream)});
@@ -145,7 +137,7 @@ void forward(const AttentionParams& p, void* stream) {
 
 // The head dimension of Hopper's backward for this call, 0 where the mma.sync kernels serve it.
 static int hopper_head_dim(const AttentionParams& p) {
-  if (architecture_of(p) != Arch::kSm90) return 0;
+  if (architecture() != Arch::kSm90) return 0;
   return sm90::backward_head_dim(std::max(p.head_dim, p.head_dim_v), has_extras(p));
 }
 
