@@ -34,7 +34,7 @@ template void run_bias_gradient<{dtype}>(const AttentionParams&, cudaStream_t);
 def _variants(arch: str, which: str, head_dim: int) -> list[str]:
     """As has_variants() and backward_head_dim() of the architecture say."""
     if arch == "sm90" and which == "backward":
-        return {64: list(VARIANTS), 128: ["plain", "dropout"]}.get(head_dim, [])
+        return list(VARIANTS) if head_dim in (64, 128) else []
     return list(VARIANTS) if arch == "sm90" or head_dim <= 128 else ["all"]
 
 

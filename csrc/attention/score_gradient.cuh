@@ -101,27 +101,15 @@ struct ScoreGradient {
     }
   }
 
-  // apply() without extras in two halves, for kernels that get dp later than s; a warp's 16 keys. First: raw products
-  // to probabilities. What dropout drops comes out negative.
+  // apply() in two halves, without the extra terms, for kernels that get dp later than s; a warp's 16 keys. First:
+  // scores that count as s * factor in log2 units to probabilities. What dropout drops comes out negative.
   template <int COLS>
-  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, int i0, int j0) const {
-    const float factor = static_cast<float>(p.scale) * kLog2E;
-    DropoutWords words;
-#pragma unroll
-    for (int block = 0; block < COLS / 16; ++block) {
-      if constexpr (DROPOUT) {
-        if (block % 2 == 0) words = dropout.draw(i0 / 16 + block, j0 / 16, i0 / 16 + block + 1, j0 / 16);
-      }
-#pragma unroll
-      for (int n = 2 * block; n < 2 * block + 2; ++n) {
-        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n + lane_col());
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& x = s.x[0][n][e];
-          x = exp2_fast(x * factor - (e % 2 ? row_lse.y : row_lse.x));
-          if (DROPOUT && !dropout.keeps(words, block % 2, n, e)) x = -x;
-        }
-      }
+  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
+                                               int j0) const {
+    if (!DROPOUT || (EXTRAS && dropout.keep >= 256)) {
+      exponentiate<false>(s, lse, factor, i0, j0);
+    } else {
+      exponentiate<true>(s, lse, factor, i0, j0);
     }
   }
 
@@ -148,6 +136,28 @@ struct ScoreGradient {
   }
 
  private:
+  template <bool DROPS, int COLS>
+  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
+                                               int j0) const {
+    DropoutWords words;
+#pragma unroll
+    for (int block = 0; block < COLS / 16; ++block) {
+      if constexpr (DROPS) {
+        if (block % 2 == 0) words = dropout.draw((i0 >> 4) + block, j0 >> 4, (i0 >> 4) + block + 1, j0 >> 4);
+      }
+#pragma unroll
+      for (int n = 2 * block; n < 2 * block + 2; ++n) {
+        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n + lane_col());
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = s.x[0][n][e];
+          x = exp2_fast(x * factor - (e % 2 ? row_lse.y : row_lse.x));
+          if (DROPS && !dropout.keeps(words, block % 2, n, e)) x = -x;
+        }
+      }
+    }
+  }
+
   template <int ROWS, int COLS>
   __device__ __forceinline__ void differentiate(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp,
                                                 const float* lse, const float* row_sum, int i0, int j0,

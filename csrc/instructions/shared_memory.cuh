@@ -46,6 +46,13 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&x
 #endif
 }
 
+// Likewise for ldmatrix_x4_transposed, from sm_90 on.
+__device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

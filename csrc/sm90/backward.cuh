@@ -7,11 +7,11 @@
 
 #include <cuda_runtime.h>
 
-#include "attention/score_gradient.cuh"
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "sm90/backward_producers.cuh"
+#include "sm90/gradient_terms.cuh"
 #include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
@@ -27,14 +27,20 @@ struct BackwardWarpgroup {
 
   const AttentionParams& p;
   const BackwardShared<Traits>& shared;
+  const GradientTerms<Traits> terms;
   const int warpgroup, warp;  // warp of the warpgroup
   Accumulator<16, kQueries> s, dp;
   Accumulator<16, kHeadDim> dk, dv;
   Accumulator<16, kDqColumns> dq;
   OperandA<16, kQueries> probabilities, ds;
 
-  __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup)
-      : p(p), shared(shared), warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
+  __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared,
+                               int warpgroup)
+      : p(p),
+        shared(shared),
+        terms{p, shared, maps.terms},
+        warpgroup(warpgroup),
+        warp(uniform(threadIdx.x / 32 % 4)) {
     dk.clear();
     dv.clear();
   }
@@ -58,19 +64,22 @@ struct BackwardWarpgroup {
     start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
     wgmma_commit();
   }
-  // dQ = dS K: dS lies transposed in shared memory.
+  // dQ = dS K.
   __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
     const uint64_t a =
-        ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * ScoreTile::kBlockBytes));
+        ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * 64 * 128));
     constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
     const uint64_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kDqColumns, 1, 1>(wgmma_registers(dq), a + ScoreTile::down(k), b + KeyTile::down(k), k > 0);
+      wgmma_ss<T, kDqColumns, 0, 1>(wgmma_registers(dq), a + ScoreTile::across(k), b + KeyTile::down(k), k > 0);
     wgmma_commit();
   }
 
+  __device__ __forceinline__ uint32_t ds_place(uint32_t step) const {
+    return GradientTerms<Traits>::place(shared.ds_tile(step));
+  }
   __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
     return plan.j0 + 64 * warpgroup + 16 * warp;  // of this warp
   }
@@ -85,21 +94,17 @@ struct BackwardWarpgroup {
     const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
     const bool boundary = has_boundary(plan, at.i0);
     const int key0 = first_key(plan);
-    const float* lse = shared.row_values(step);
-    if constexpr (Traits::kExtras) {
-      wgmma_wait<0>();
-      wgmma_settle(s);
-      wgmma_settle(dp);
-      gradient.apply(s, dp, lse, lse + kQueries, at.i0, key0, boundary);
-    } else {
-      wgmma_wait<1>();
-      wgmma_settle(s);
-      if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
-      gradient.exponentiate(s, lse, at.i0, key0);
-      wgmma_wait<0>();
-      wgmma_settle(dp);
-      gradient.differentiate(s, dp, lse + kQueries);
-    }
+    const float* lse = shared.row_values(step) + lane_col();
+    wgmma_wait<1>();
+    wgmma_settle(s);
+    if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), key0);
+    if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
+    const float factor = Traits::kExtras ? terms.constants.factor : static_cast<float>(p.scale) * kLog2E;
+    gradient.exponentiate(s, lse, factor, at.i0, key0);  // scores count as s * factor in log2 units
+    wgmma_wait<0>();
+    wgmma_settle(dp);
+    gradient.differentiate(s, dp, lse + kQueries);
+    if constexpr (Traits::kExtras) terms.finish(dp, plan, at, ds_place(step), key0);
     if (at.last) shared.v.release(at.plan);
     to_operand<T>(probabilities, s, 0);
     to_operand<T>(ds, dp, 0);
@@ -108,13 +113,13 @@ struct BackwardWarpgroup {
   // dS to shared memory, where both warpgroups read it for dQ.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
     shared.ds.wait_empty(step);
-    const int lane = threadIdx.x % 32, row = 64 * warpgroup + 16 * warp + lane % 16, chunk = lane / 16;
+    const uint32_t place = ds_place(step);
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4(shared.ds_tile(step) + ScoreTile::offset(row, 2 * k + chunk), ds.x[0][k]);
+      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.ds.full(step));
+    shared.ds.release_full(step);
   }
 
   // Lays dq of a step out as the accumulator has it; a warp of the producers adds it. This warpgroup has blocks of 16
@@ -140,7 +145,8 @@ struct BackwardWarpgroup {
 
   // dK and dV of this warp's keys, rounded; both start again at zero.
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
-    const float dropout_factor = Traits::kDropout ? 256.0f / p.dropout_keep : 1.0f;
+    // opaque: found before the loop, it would hold a register all along.
+    const float dropout_factor = Traits::kDropout ? 256.0f / opaque(p.dropout_keep) : 1.0f;
     const float dk_factor = static_cast<float>(p.scale) * dropout_factor;
     dk.for_each([&](float& x, int, int) { x *= dk_factor; });
     if (Traits::kDropout) dv.for_each([&](float& x, int, int) { x *= dropout_factor; });
@@ -159,8 +165,9 @@ struct BackwardWarpgroup {
 // The steps of all pieces of work form one stream. A round starts dV and dK of the current step, dQ of the step before
 // and S of the next one; while these run dQ leaves, then the next step's P and dS are worked out.
 template <class Traits>
-__device__ __forceinline__ void consume(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup) {
-  BackwardWarpgroup<Traits> state(p, shared, warpgroup);
+__device__ __forceinline__ void consume(const AttentionParams& p, const BackwardMaps& maps,
+                                        const BackwardShared<Traits>& shared, int warpgroup) {
+  BackwardWarpgroup<Traits> state(p, maps, shared, warpgroup);
   uint32_t step = 0;  // place in the rings
   shared.steps.wait_full(step);
   int n = shared.step(step).plan, n_before = n;  // pieces of work of this step and the one before
@@ -254,7 +261,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 3) add_dq(p, accumulator, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
-    consume(p, shared, warpgroup);
+    consume(p, maps, shared, warpgroup);
   }
 }
 

@@ -10,6 +10,7 @@
 #include "portable/dq_accumulator.h"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/score_constants.h"
 #include "sm90/tma_tile.cuh"
 
 namespace hf_flash::sm90 {
@@ -32,7 +33,9 @@ struct BackwardPlan {
 struct BackwardStep {
   int plan;  // the piece of work's place; -1: there are no more steps
   int head, i0;
-  bool last;  // of the piece of work
+  bool last;    // of the piece of work
+  bool lowest;  // some query sees nothing above the lowest finite numbers
+  float slope;  // ALiBi
 };
 
 template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
@@ -51,16 +54,18 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
-  using ScoreTile = SwizzledTile<kKeys, kQueries>;  // dS, keys as rows
+  using ScoreTile = SwizzledTile<kQueries, kKeys>;  // dS, and before it the bias
 
   // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
-  // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers.
+  // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A third tile of dS lets a step's
+  // bias come while the step before is at work.
   static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
+  static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
   static constexpr int kDs = kDout + kStages * QueryTile::kBytes;
-  static constexpr int kDq = kDs + kStages * ScoreTile::kBytes;
+  static constexpr int kDq = kDs + kScoreStages * ScoreTile::kBytes;
   static constexpr int kDqBytes = kQueries * HEAD_DIM * static_cast<int>(sizeof(float));
   static constexpr int kValues = kDq + kDqBytes;
   static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
@@ -106,8 +111,10 @@ struct BackwardShared {
   // find the first phase over twice.
   using Plans = Ring<Traits::kPlans>;
   using Keys = Ring<Traits::kKeyStages>;
+  using Scores = Ring<Traits::kScoreStages>;
   using Single = Ring<1>;
-  static constexpr int kBytes = kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + 2 * Pair::kBytes + 8;
+  static constexpr int kBytes =
+      kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + Pair::kBytes + 2 * Scores::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
@@ -115,7 +122,8 @@ struct BackwardShared {
   Plans planned;  // only its full barriers are used: a plan is free when K is
   Keys k;
   Single v, dq;
-  Pair steps, ds;   // Q, dO, lse and row sums of a step arrive together
+  Pair steps;       // Q, dO, lse and row sums of a step arrive together
+  Scores ds, bias;  // of bias only the full barriers are used: it lies where dS of its step will
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
 
   __device__ explicit BackwardShared(char* memory)
@@ -127,7 +135,8 @@ struct BackwardShared {
         dq(v.barriers + Single::kBytes),
         steps(dq.barriers + Single::kBytes),
         ds(steps.barriers + Pair::kBytes),
-        landed(ds.barriers + Pair::kBytes) {}
+        bias(ds.barriers + Scores::kBytes),
+        landed(bias.barriers + Scores::kBytes) {}
 
   __device__ void init() const {
     planned.init(1);
@@ -136,6 +145,7 @@ struct BackwardShared {
     dq.init(1, Traits::kWarps);
     steps.init(Traits::kWarps, 2);  // filled by the copying warp and by the one that brings the row values
     ds.init(Traits::kWarps, Traits::kWarps);
+    bias.init(1);
     mbarrier_init(landed, 1);
   }
   __device__ BackwardPlan& plan(uint32_t n) const {
@@ -151,7 +161,7 @@ struct BackwardShared {
     return base + Traits::kDout + Pair::stage(step) * Traits::QueryTile::kBytes;
   }
   __device__ uint32_t ds_tile(uint32_t step) const {
-    return base + Traits::kDs + Pair::stage(step) * Traits::ScoreTile::kBytes;
+    return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
   }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
@@ -164,16 +174,29 @@ struct BackwardShared {
   }
 };
 
-struct BackwardMaps {
-  CUtensorMap q, k, v, dout;
+// What the host works out for the extra terms (gradient_terms.cuh).
+struct GradientConstants : ScoreConstants {
+  bool reads_scores;  // bias or mask, element by element: the TMA engine cannot, or the softcap needs dS's place
 
-  BackwardMaps(const AttentionParams& p, int queries, int keys) {
+  explicit GradientConstants(const AttentionParams& p) : ScoreConstants(p) {
+    if (p.softcap != 0) copies_bias = false;
+    reads_scores = p.mask.data != nullptr || (p.bias.data != nullptr && !copies_bias);
+    if (reads_scores) factor = 1;
+  }
+};
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout, bias;
+  GradientConstants terms;
+
+  BackwardMaps(const AttentionParams& p, int queries, int keys) : bias{}, terms(p) {
     const int batch = p.packed() ? 1 : p.batch;
     const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, queries);
     dout = tensor_map(p.dout, p.dtype, batch, rows_q, p.heads_q, p.head_dim_v, queries);
     k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+    if (terms.copies_bias) bias = bias_map(p, queries);
   }
 };
 

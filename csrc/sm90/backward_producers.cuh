@@ -47,7 +47,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
   }
 }
 
-// For each plan K and V, then Q and dO of each step.
+// For each plan K and V, then Q and dO of each step, and its bias.
 template <class Traits>
 __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const BackwardMaps& maps,
                                            const BackwardShared<Traits>& shared) {
@@ -118,6 +118,15 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
           load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
           has_v = true;
         }
+        if (Traits::kExtras && maps.terms.copies_bias) {
+          shared.ds.wait_empty(step);
+          if (leader) {
+            mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
+            load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
+                                                  coordinate_of(p.bias.head, head),
+                                                  coordinate_of(p.bias.batch, plan.batch), plan.j0);
+          }
+        }
       }
     }
   }
@@ -164,9 +173,17 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
           to[32 * r] = lse_for_gradient(row_lse[r]);
           to[Traits::kQueries + 32 * r] = row_sums[r] * factor;
         }
+        bool lowest = false;
+        float slope = 0;
+        if constexpr (Traits::kExtras) {
+          if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[plan.batch * p.alibi_batch_stride + head];
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) lowest |= row_lse[r] < kLowestBias / 4 && row_lse[r] != -CUDART_INF_F;
+          lowest = any_lane(lowest);
+        }
         if (threadIdx.x % 32 == 0) {
           const bool last = head + 1 == plan.end_head && i0 + Traits::kQueries >= plan.end;
-          shared.step(step) = {static_cast<int>(n), head, i0, last};
+          shared.step(step) = {static_cast<int>(n), head, i0, last, lowest, slope};
         }
         __syncwarp();
         if (elect_one()) mbarrier_arrive(shared.steps.full(step));
@@ -197,17 +214,18 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
     }
     // The accumulator ends with the sequence's last tile of 64 rows.
     const int bytes = at.i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
+    int32_t* const turn =
+        accumulator.turns != nullptr ? accumulator.turn(sequence, plan.batch, at.head, at.i0) : nullptr;
     bulk_add_float(accumulator.rows(sequence, plan.batch, at.head, at.i0), shared.dq_tile(), bytes);
     bulk_commit();
-    if (accumulator.turns != nullptr) {
+    bulk_wait_read<0>();
+    mbarrier_arrive(shared.dq.empty(step));  // the consumers go on; plan and step may be over now
+    if (turn != nullptr) {
       bulk_wait<0>();
       fence_async_proxy_global();
       __threadfence();
-      add_release(accumulator.turn(sequence, plan.batch, at.head, at.i0), 1);
-    } else {
-      bulk_wait_read<0>();
+      add_release(turn, 1);
     }
-    mbarrier_arrive(shared.dq.empty(step));
   }
   bulk_wait<0>();
 }

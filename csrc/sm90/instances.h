@@ -11,11 +11,8 @@ namespace hf_flash::sm90 {
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
 
-// The backward's head dimensions; 0: none, the mma.sync kernels serve it. Beside dK and dV of 128 columns the extras
-// find no registers.
-constexpr int backward_head_dim(int needed, bool extras) {
-  return needed <= 64 ? 64 : (needed <= 128 && !extras ? 128 : 0);
-}
+// The backward's head dimensions; 0: none, the mma.sync kernels serve it.
+constexpr int backward_head_dim(int needed) { return needed <= 64 ? 64 : (needed <= 128 ? 128 : 0); }
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
