@@ -10,6 +10,7 @@
 #include "attention/tile_range.cuh"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/score_math.cuh"
 #include "sm90/tma_tile.cuh"
 
 namespace hf_flash::sm90 {
@@ -169,27 +170,6 @@ struct DropoutTile {
   }
 };
 
-// What the host works out for the extra terms (score_terms.cuh), all of it in double precision.
-struct ScoreConstants {
-  float scale;
-  float cap, inner;  // softcap c, 0: none, and 2 log2(e) scale / c
-  float factor;  // from the scores that the terms leave, natural units unless a mask at most is there, to log2 units
-  bool copies_bias;  // by the TMA engine; a mask beside the bias has to be worked in by the threads
-
-  explicit ScoreConstants(const AttentionParams& p) {
-    constexpr double kLog2OfE = 1.4426950408889634;
-    const Scores& b = p.bias;
-    const bool natural = p.softcap != 0 || p.alibi_slopes != nullptr || b.data != nullptr || !(p.scale > 0);
-    scale = static_cast<float>(p.scale);
-    cap = static_cast<float>(p.softcap);
-    inner = p.softcap != 0 ? static_cast<float>(2 * kLog2OfE * p.scale / p.softcap) : 0;
-    factor = static_cast<float>(natural ? kLog2OfE : kLog2OfE * p.scale);
-    const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
-    copies_bias = b.data != nullptr && p.mask.data == nullptr && b.dtype == p.dtype && aligned && b.col == 1 &&
-                  (b.row > 0 || p.seqlen_q == 1);
-  }
-};
-
 struct ForwardMaps {
   CUtensorMap q, k, v, bias;
   ScoreConstants scores;
@@ -200,9 +180,7 @@ struct ForwardMaps {
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, rows);
     k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
     v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
-    if (scores.copies_bias)
-      bias = tensor_map({p.bias.data, p.bias.batch, p.bias.row, p.bias.head}, p.dtype, p.batch, p.seqlen_q, p.heads_q,
-                        p.seqlen_k, rows);
+    if (scores.copies_bias) bias = bias_map(p, rows);
   }
 };
 
