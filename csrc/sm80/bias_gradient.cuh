@@ -1,7 +1,7 @@
 // The gradient of a bias that broadcasts: dS summed over the dimensions of size 1. One CTA owns a tile of the bias's
 // own gradient and walks all the score tiles that it was added to: it computes S = Q K^T and dP = dO V^T again, adds dS
 // up in registers and writes the sum once. So nothing has to be zeroed, no addition is atomic, and every run gives the
-// same bits. Head dimensions are walked in chunks, so one kernel serves them all, on Hopper too.
+// same bits. Head dimensions are walked in chunks, so one kernel serves them all, on Hopper too where its own cannot.
 #pragma once
 
 #include <cuda_runtime.h>
