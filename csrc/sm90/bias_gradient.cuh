@@ -78,13 +78,15 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const BiasM
                             const Rows& keys, int head_dim) {
         for (int column = 0; column < head_dim; column += Config::kColumns, ++chunk) {
           shared.chunks.wait_empty(chunk);
-          if (!leader) continue;
-          const uint32_t full = shared.chunks.full(chunk);
-          mbarrier_arrive_expect_bytes(full, Config::kPlaceBytes);
-          load_tile<Tile>(shared.queries(chunk), query_map, full, step.sequence.first_q + step.i0,
-                          coordinate_of(queries.head, step.head), coordinate_of(queries.batch, step.batch), column);
-          load_tile<Tile>(shared.keys(chunk), key_map, full, step.sequence.first_k + step.j0,
-                          coordinate_of(keys.head, kv_head), coordinate_of(keys.batch, step.batch), column);
+          __syncwarp();  // a lane that came late could find this phase over twice
+          if (leader) {
+            const uint32_t full = shared.chunks.full(chunk);
+            mbarrier_arrive_expect_bytes(full, Config::kPlaceBytes);
+            load_tile<Tile>(shared.queries(chunk), query_map, full, step.sequence.first_q + step.i0,
+                            coordinate_of(queries.head, step.head), coordinate_of(queries.batch, step.batch), column);
+            load_tile<Tile>(shared.keys(chunk), key_map, full, step.sequence.first_k + step.j0,
+                            coordinate_of(keys.head, kv_head), coordinate_of(keys.batch, step.batch), column);
+          }
         }
       };
       load(maps.q, p.q, maps.k, p.k, p.head_dim);
