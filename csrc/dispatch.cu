@@ -146,6 +146,14 @@ int64_t backward_workspace(const AttentionParams& p) {
   return DqAccumulator(p, nullptr, hopper ? hopper : head_dim_of(p)).bytes(p);
 }
 
+static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
+  const bool hopper = architecture() == Arch::kSm90 && sm90::has_bias_gradient(p);
+  with_type(p, [&](auto element) {
+    using T = decltype(element);
+    hopper ? sm90::run_bias_gradient<T>(p, stream) : sm80::run_bias_gradient<T>(p, stream);
+  });
+}
+
 void backward(const AttentionParams& p, void* stream) {
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
   switch (hopper_head_dim(p)) {
@@ -153,7 +161,7 @@ void backward(const AttentionParams& p, void* stream) {
     case 128: with_variant<128>(p, Sm90Backward{p, native(stream)}); break;
     default: with_instance(p, Sm80Backward{p, native(stream)});
   }
-  if (p.dbias_sums) with_type(p, [&](auto element) { sm80::run_bias_gradient<decltype(element)>(p, native(stream)); });
+  if (p.dbias_sums) bias_gradient(p, native(stream));
 }
 
 void row_sum(const AttentionParams& p, void* stream) { portable::row_sum(p, DqAccumulator{}, native(stream)); }

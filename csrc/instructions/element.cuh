@@ -42,6 +42,10 @@ __device__ __forceinline__ float2 unpack<BFloat16>(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
 }
 
+__device__ __forceinline__ void round_to(float x, float& to) { to = x; }
+__device__ __forceinline__ void round_to(float x, Half& to) { to = __float2half_rn(x); }
+__device__ __forceinline__ void round_to(float x, BFloat16& to) { to = __float2bfloat16_rn(x); }
+
 __device__ __forceinline__ float to_float(Half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
 

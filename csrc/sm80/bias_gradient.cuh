@@ -1,7 +1,7 @@
 // The gradient of a bias that broadcasts: dS summed over the dimensions of size 1. One CTA owns a tile of the bias's
 // own gradient and walks all the score tiles that it was added to: it computes S = Q K^T and dP = dO V^T again, adds dS
 // up in registers and writes the sum once. So nothing has to be zeroed, no addition is atomic, and every run gives the
-// same bits. Head dimensions are walked in chunks, so one kernel serves them all, on Hopper too.
+// same bits. Head dimensions are walked in chunks, so one kernel serves them all, on Hopper too where its own cannot.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include "tile/copy.cuh"
 #include "tile/matmul.cuh"
 #include "tile/reduce.cuh"
+#include "tile/store.cuh"
 
 namespace hf_flash::sm80 {
 
@@ -20,13 +21,13 @@ namespace hf_flash::sm80 {
 struct BiasLoader {
   using Config = BiasConfig;
   const AttentionParams& p;
-  const BiasTask* const tasks;
+  const BiasSources* const tasks;
   const uint32_t shared;
   int task, chunk;  // what comes next
 
   // Into a place that nobody reads any more. Past the last task the group of copies is empty.
   __device__ __forceinline__ void start(uint32_t place) {
-    const BiasTask& from = tasks[task % Config::kTasks];
+    const BiasSources& from = tasks[task % Config::kTasks];
     const int score_chunks = Config::chunks(p.head_dim);
     if (from.exists) {
       const bool values = chunk >= score_chunks;
@@ -72,7 +73,7 @@ struct BiasWarp {
   }
 
   // Fetches lse and row_sum; they are needed when S is complete.
-  __device__ __forceinline__ void begin(const BiasTask& task) {
+  __device__ __forceinline__ void begin(const BiasSources& task) {
 #pragma unroll
     for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
       const int i = task.i0 + row0 + RowVector<kRows>::row(r);
@@ -181,43 +182,18 @@ struct BiasWriter {
   __device__ int64_t place(int i, int j) const {
     return walk.batch_begin * p.dbias.batch + walk.head_begin * p.dbias.head + i * p.dbias.row + j * p.dbias.col;
   }
-  __device__ static void convert(float x, float& to) { to = x; }
-  __device__ static void convert(float x, Half& to) { to = __float2half_rn(x); }
-  __device__ static void convert(float x, BFloat16& to) { to = __float2bfloat16_rn(x); }
-
   __device__ void write_one(int i, int j, float x) const {
     if (p.dbias.dtype == DType::kFloat32) {
       static_cast<float*>(p.dbias.data)[place(i, j)] = x;
     } else {
-      convert(x, static_cast<T*>(p.dbias.data)[place(i, j)]);
+      round_to(x, static_cast<T*>(p.dbias.data)[place(i, j)]);
     }
   }
 
   template <class B>
   __device__ void write_tile(const BiasWarp<T>& warp) const {
-    struct alignas(2 * sizeof(B)) Pair {
-      B x[2];
-    };
-    const bool pairs = p.dbias.row % 2 == 0;  // rows lie one after the other: all begin aligned
-    B* const data = static_cast<B*>(p.dbias.data);
-#pragma unroll
-    for (int r = 0; r < RowVector<kRows>::kCount; ++r) {
-      const int i = walk.i_begin + warp.row0 + RowVector<kRows>::row(r);
-      if (i >= p.seqlen_q) continue;
-#pragma unroll
-      for (int n = 0; n < kCols / 8; ++n) {
-        const int j = walk.j_begin + warp.col0 + 8 * n + lane_col();
-        Pair pair;
-        convert(warp.sum.x[r / 2][n][2 * (r % 2)], pair.x[0]);
-        convert(warp.sum.x[r / 2][n][2 * (r % 2) + 1], pair.x[1]);
-        if (pairs && j + 1 < p.seqlen_k) {
-          *reinterpret_cast<Pair*>(data + place(i, j)) = pair;
-        } else {
-          if (j < p.seqlen_k) data[place(i, j)] = pair.x[0];
-          if (j + 1 < p.seqlen_k) data[place(i, j + 1)] = pair.x[1];
-        }
-      }
-    }
+    const int i = walk.i_begin + warp.row0, j = walk.j_begin + warp.col0;
+    store_pairs(static_cast<B*>(p.dbias.data) + place(i, j), p.dbias.row, warp.sum, p.seqlen_q - i, p.seqlen_k - j);
   }
 
   // One sum a row of the tile: over the lane's columns, the quad's lanes and the warps side by side, in this order.
@@ -279,11 +255,11 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
     bias_gradient_kernel(const __grid_constant__ AttentionParams p, const BiasGrid grid) {
   using Config = BiasConfig;
   extern __shared__ __align__(128) char shared_memory[];
-  auto* const tasks = reinterpret_cast<BiasTask*>(shared_memory + Config::kTaskPlace);
+  auto* const tasks = reinterpret_cast<BiasSources*>(shared_memory + Config::kTaskPlace);
   const uint32_t shared = shared_address(shared_memory);
   if (threadIdx.x == 0) {
-    BiasWalk(p, grid).find_first(p, tasks[0]);
-    BiasWalk(p, grid).find_next(p, tasks[0], tasks[1]);
+    grid.walk(p).find_first(p, tasks[0]);
+    grid.walk(p).find_next(p, tasks[0], tasks[1]);
   }
   __syncthreads();
 
@@ -308,10 +284,10 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
   for (int n = 0; tasks[n % Config::kTasks].exists; ++n) {
     // Copies of the task after the next one begin in the next one's first step: one barrier lies between.
     if (threadIdx.x == 0) {
-      BiasWalk(p, grid).find_next(p, tasks[(n + 1) % Config::kTasks], tasks[(n + 2) % Config::kTasks]);
+      grid.walk(p).find_next(p, tasks[(n + 1) % Config::kTasks], tasks[(n + 2) % Config::kTasks]);
     }
     __syncwarp();
-    const BiasTask& task = tasks[n % Config::kTasks];
+    const BiasSources& task = tasks[n % Config::kTasks];
     warp.begin(task);
     multiply(warp.s, p.head_dim);
     warp.to_probabilities(task);
@@ -322,7 +298,7 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
   __syncthreads();
   const float factor = 256.0f / p.dropout_keep;
   warp.sum.for_each([&](float& x, int, int) { x *= factor; });
-  BiasWriter<T>{p, BiasWalk(p, grid), reinterpret_cast<float*>(shared_memory)}.write(warp);
+  BiasWriter<T>{p, grid.walk(p), reinterpret_cast<float*>(shared_memory)}.write(warp);
 }
 
 template <class T>

@@ -23,7 +23,7 @@ template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
 
 // dbias where params.dbias_sums: every element of it, in dbias's dtype. After the backward, whose row sums it reads;
-// serves every head dimension, and Hopper's backward too.
+// serves every head dimension, and Hopper what its own kernel does not.
 template <class T>
 void run_bias_gradient(const AttentionParams& p, cudaStream_t stream);
 

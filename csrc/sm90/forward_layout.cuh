@@ -10,7 +10,7 @@
 #include "attention/tile_range.cuh"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
-#include "sm90/score_constants.h"
+#include "sm90/score_math.cuh"
 #include "sm90/tma_tile.cuh"
 
 namespace hf_flash::sm90 {

@@ -65,10 +65,10 @@ struct GradientTerms {
   static constexpr uint32_t kNextPlace = 16 * 128;
 
  private:
-  // c tanh(s / c) = c - 2 c / (exp(2 s / c) + 1). Its slope, 1 - tanh^2, waits where dS will lie.
+  // The softcap. Its slope, 1 - (s / c)^2, waits where dS will lie.
   __device__ __forceinline__ void cap(Scores& s, uint32_t place) const {
-    const float cap = constants.cap, inner = constants.inner, inverse = 1.0f / cap;
-    s.for_each([&](float& x, int, int) { x = cap - 2.0f * cap * reciprocal_fast(exp2_fast(x * inner) + 1.0f); });
+    const float inverse = 1.0f / constants.cap;
+    cap_scores(s, constants);
     const auto slope = [&](float x) { return 1.0f - (x * inverse) * (x * inverse); };
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {

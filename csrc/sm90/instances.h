@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "params.h"
+#include "sm90/tensor_map.h"
 
 namespace hf_flash::sm90 {
 
@@ -16,5 +17,16 @@ constexpr int backward_head_dim(int needed) { return needed <= 64 ? 64 : (needed
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
+
+// Of the biases whose gradients are sums those with rows and columns of their own that the TMA engine can read, no mask
+// beside them; the mma.sync kernel serves the others.
+inline bool has_bias_gradient(const AttentionParams& p) {
+  return tma_reads_bias(p) && p.mask.data == nullptr && p.dbias.row != 0 && p.dbias.col != 0 &&
+         p.dbias.dtype == p.dtype && p.total_q > 0 && p.total_k > 0;
+}
+
+// As sm80's: every element of dbias, after the backward; one instance for every head dimension.
+template <class T>
+void run_bias_gradient(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace hf_flash::sm90

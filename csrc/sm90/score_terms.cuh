@@ -10,6 +10,7 @@
 
 #include "attention/score.cuh"
 #include "sm90/forward_layout.cuh"
+#include "sm90/score_math.cuh"
 
 namespace hf_flash::sm90 {
 
@@ -73,10 +74,7 @@ struct ScoreTerms {
                         int warpgroup)
       : p(p), shared(shared), constants(constants), warpgroup(warpgroup) {}
 
-  // Of the CTA's tile.
-  __device__ __forceinline__ int warp_row() const {
-    return 64 * warpgroup + 16 * static_cast<int>(threadIdx.x / 32 % 4);
-  }
+  __device__ __forceinline__ int warp_row() const { return first_row_of_warp(warpgroup); }
   __device__ __forceinline__ bool wide() const { return p.bias.data != nullptr && p.bias.dtype == DType::kFloat32; }
 
   // Raw products of the tile at (query i0, key j0), `place` in the rings, become scores that count as s * factor in
@@ -84,7 +82,7 @@ struct ScoreTerms {
   __device__ __forceinline__ void apply(Scores& s, const Plan& plan, uint32_t place, int i0, int j0) const {
     float scale = constants.scale;
     if (constants.cap != 0) {
-      cap(s);
+      cap_scores(s, constants);
       scale = 1.0f;
     } else if (!(scale > 0)) {
       s.for_each([&](float& x, int, int) { x *= constants.scale; });
@@ -138,27 +136,6 @@ struct ScoreTerms {
   }
 
  private:
-  // c tanh(s / c) = c - 2 c / (exp(2 s / c) + 1), as exact as tanh_fast.
-  __device__ __forceinline__ void cap(Scores& s) const {
-    const float cap = constants.cap, inner = constants.inner;
-    s.for_each([&](float& x, int, int) { x = cap - 2.0f * cap * reciprocal_fast(exp2_fast(x * inner) + 1.0f); });
-  }
-
-  // distance: position(i0) - j0. Positions below 2^24 are exact in float32. A row's second half, eight rows below the
-  // first, stands as far from a key as the first half from the key eight before it.
-  __device__ __forceinline__ void add_alibi(Scores& s, float scale, float slope, int distance) const {
-    const float corner = static_cast<float>(opaque(distance) + lane_row() - lane_col());
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int n = -1; n < kKeys / 8; ++n) {
-        const float term = -slope * fabsf(corner - static_cast<float>(8 * n + e));
-        if (n >= 0) s.x[0][n][e] = s.x[0][n][e] * scale + term;
-        if (n + 1 < kKeys / 8) s.x[0][n + 1][2 + e] = s.x[0][n + 1][2 + e] * scale + term;
-      }
-    }
-  }
-
   __device__ static __forceinline__ void add(float (&s)[4], int e, float scale, float2 x) {
     s[e] = s[e] * scale + x.x;
     s[e + 1] = s[e + 1] * scale + x.y;
@@ -172,20 +149,10 @@ struct ScoreTerms {
   }
   static constexpr float kBound = 3.0e38f;
 
-  // f(n, e, pair): what belongs to elements e and e + 1 of s.x[0][n].
   template <class F>
   __device__ __forceinline__ void for_each_pair(uint32_t tile, F f) const {
-    const int lane = opaque(threadIdx.x % 32), row = warp_row() + lane % 16;
-    const uint32_t address = tile + Tile::offset(row, lane / 16);
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      uint32_t x[4];
-      ldmatrix_x4(x, (address ^ (k % 4 * 32)) + k / 4 * Tile::kBlockBytes);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(2 * k + i / 2, 2 * (i % 2), unpack<T>(x[i]));
-    }
+    for_each_score_pair<T, Tile>(tile, warpgroup, f);
   }
-
   __device__ __forceinline__ uint32_t narrow_address(int row, int col) const {
     return shared.score_tile(0) + Tile::offset(warp_row() + row, col / 8) + col % 8 * 2;
   }

@@ -22,6 +22,8 @@ def calls(device, dtype):
     mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
     yield *qkv, ranges | {"window": (9, 4)}
     yield *qkv, ranges | dropout | {"bias": bias, "sink": sink, "alibi_slopes": slopes, "softcap": 3.0, "mask": mask}
+    rows_for_tma = torch.nn.functional.pad(bias, (0, 3))[..., :141]
+    yield *qkv, ranges | dropout | {"bias": rows_for_tma, "alibi_slopes": slopes, "softcap": 3.0}
     yield (
         *qkv,
         {"bias": bias[:, :, :1], "query_offset": int32([3, -200], device), "causal": True},
