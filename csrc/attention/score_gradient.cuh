@@ -102,7 +102,8 @@ struct ScoreGradient {
   }
 
   // apply() in two halves, without the extra terms, for kernels that get dp later than s; a warp's 16 keys. First:
-  // scores that count as s * factor in log2 units to probabilities. What dropout drops comes out negative.
+  // scores that count as s * factor in log2 units to probabilities. What dropout drops comes out negative. lse and
+  // row_sum begin at this lane's first query.
   template <int COLS>
   __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
                                                int j0) const {
@@ -119,7 +120,7 @@ struct ScoreGradient {
                                                 const float* row_sum) const {
 #pragma unroll
     for (int n = 0; n < COLS / 8; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(row_sum + 8 * n + lane_col());
+      const float2 delta = *reinterpret_cast<const float2*>(row_sum + 8 * n);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& probability = s.x[0][n][e];
@@ -147,7 +148,7 @@ struct ScoreGradient {
       }
 #pragma unroll
       for (int n = 2 * block; n < 2 * block + 2; ++n) {
-        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n + lane_col());
+        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = s.x[0][n][e];

@@ -36,11 +36,7 @@ struct BackwardWarpgroup {
 
   __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared,
                                int warpgroup)
-      : p(p),
-        shared(shared),
-        terms{p, shared, maps.terms},
-        warpgroup(warpgroup),
-        warp(uniform(threadIdx.x / 32 % 4)) {
+      : p(p), shared(shared), terms{p, shared, maps.terms}, warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
     dk.clear();
     dv.clear();
   }
@@ -66,8 +62,7 @@ struct BackwardWarpgroup {
   }
   // dQ = dS K.
   __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
-    const uint64_t a =
-        ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * 64 * 128));
+    const uint64_t a = ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * 64 * 128));
     constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
     const uint64_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
     wgmma_fence();
@@ -92,15 +87,13 @@ struct BackwardWarpgroup {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
     const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
-    const bool boundary = has_boundary(plan, at.i0);
     const int key0 = first_key(plan);
     const float* lse = shared.row_values(step) + lane_col();
     wgmma_wait<1>();
     wgmma_settle(s);
     if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), key0);
-    if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
-    const float factor = Traits::kExtras ? terms.constants.factor : static_cast<float>(p.scale) * kLog2E;
-    gradient.exponentiate(s, lse, factor, at.i0, key0);  // scores count as s * factor in log2 units
+    if (has_boundary(plan, at.i0)) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
+    gradient.exponentiate(s, lse, terms.constants.factor, at.i0, key0);
     wgmma_wait<0>();
     wgmma_settle(dp);
     gradient.differentiate(s, dp, lse + kQueries);
@@ -147,7 +140,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
     // opaque: found before the loop, it would hold a register all along.
     const float dropout_factor = Traits::kDropout ? 256.0f / opaque(p.dropout_keep) : 1.0f;
-    const float dk_factor = static_cast<float>(p.scale) * dropout_factor;
+    const float dk_factor = terms.constants.scale * dropout_factor;
     dk.for_each([&](float& x, int, int) { x *= dk_factor; });
     if (Traits::kDropout) dv.for_each([&](float& x, int, int) { x *= dropout_factor; });
     const int key0 = first_key(plan), rows = plan.sequence.len_k - key0;
@@ -243,7 +236,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ DqAccumulator accumulator,
-                    const __grid_constant__ PersistentSchedule schedule) {
+                    const __grid_constant__ PersistentSchedule schedule, const bool rotates) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
@@ -256,9 +249,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
-    if (warp == 1) make_plans(p, schedule, shared);
+    if (warp == 1) make_plans(p, schedule, rotates, shared);
     if (warp == 2) copy_row_values(p, shared);
-    if (warp == 3) add_dq(p, accumulator, shared);
+    if (warp == 3) add_dq(p, accumulator, rotates, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume(p, maps, shared, warpgroup);
@@ -279,13 +272,18 @@ void run_backward(const AttentionParams& p, cudaStream_t stream) {
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
   if (schedule.works() > 0) {
     const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
-    const int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
+    int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
+    // Who waits for turns needs the others to be there. Where all key tiles of a head see the same queries, all of them
+    // start in the same round, each at a query tile of its own.
+    const bool deterministic = accumulator.turns != nullptr;
+    const bool rotates = deterministic && p.window_left < 0 && p.window_right < 0 && schedule.tiles <= ctas;
+    if (rotates) ctas -= ctas % schedule.tiles;
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = accumulator.turns != nullptr;  // who waits for turns needs the others to be there
+    cooperative.val.cooperative = deterministic;
     cudaLaunchConfig_t config{dim3(ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
                               stream,     &cooperative,           1};
-    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule), "backward");
+    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule, rotates), "backward");
   }
   portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);

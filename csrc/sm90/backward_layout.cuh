@@ -21,11 +21,37 @@ struct BackwardPlan {
   int j0, kv_head, batch;  // j0 = -1: there is no more
   int begin, end;          // queries, multiples of the tile
   int first_head, end_head;
+  int start_head, start_i0;               // of the first step
+  int turn, turns;                        // among the key tiles that some query sees, of which there are `turns`
   int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
   Sequence sequence;
   KeyRange all[2];  // for each warpgroup's keys the queries that see all of them
 
   __device__ bool empty() const { return begin == end; }
+};
+
+// The steps of a piece of work go down from its start, head by head, and round to the start again: under a causal mask
+// or a window the key tiles of a head then come to a query tile in the order of their numbers.
+template <int QUERIES>
+struct StepWalk {
+  const BackwardPlan& plan;
+  int head, i0, left;
+
+  __device__ explicit StepWalk(const BackwardPlan& plan)
+      : plan(plan),
+        head(plan.start_head),
+        i0(plan.start_i0),
+        left((plan.end_head - plan.first_head) * ((plan.end - plan.begin) / QUERIES)) {}
+  __device__ bool exists() const { return left > 0; }
+  __device__ bool last() const { return left == 1; }
+  __device__ void next() {
+    --left;
+    i0 -= QUERIES;
+    if (i0 < plan.begin) {
+      i0 = plan.end - QUERIES;
+      head = head > plan.first_head ? head - 1 : plan.end_head - 1;
+    }
+  }
 };
 
 // One query tile of one query head of a piece of work. The warp that brings its lse and row sums says what it is, and
@@ -75,7 +101,7 @@ struct BackwardTraits {
 // By a warp: each lane works out a part.
 template <class Traits>
 __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
-                                          const PersistentSchedule::Work& work) {
+                                          const PersistentSchedule::Work& work, bool rotates) {
   const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
   if (lane < Traits::kWarpgroups) {
     const int from = j0 + 64 * lane, to = from + 64;
@@ -86,15 +112,23 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
   } else if (lane == Traits::kWarpgroups) {
     const int from = max(j0, sequence.key_begin), to = min(j0 + Traits::kKeys, sequence.key_end);
     const KeyRange seen = from < to ? sequence.queries_of(p, from, to) : KeyRange{0, 0};
+    const int group = p.heads_q / p.heads_k;
     plan.begin = seen.begin / Traits::kQueries * Traits::kQueries;
     plan.end = seen.empty() ? plan.begin : (seen.end + Traits::kQueries - 1) / Traits::kQueries * Traits::kQueries;
+    plan.first_head = work.head * group;
+    plan.end_head = plan.first_head + group;
+    const int first_tile = sequence.key_begin / Traits::kKeys, tiles = (plan.end - plan.begin) / Traits::kQueries;
+    plan.turn = work.tile - first_tile;
+    plan.turns = max(1, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first_tile);
+    // At the last query tile of the last head, or where the key tiles of a head run side by side and see the same
+    // queries, each somewhere else: so none waits for another's turn.
+    const int start = rotates ? plan.turn * (group * tiles) / plan.turns : group * tiles - 1;
+    plan.start_head = plan.first_head + (tiles > 0 ? start / tiles : 0);
+    plan.start_i0 = plan.begin + (tiles > 0 ? start % tiles * Traits::kQueries : 0);
   } else if (lane == Traits::kWarpgroups + 1) {
-    const int group = p.heads_q / p.heads_k;
     plan.j0 = work.tile < 0 ? -1 : j0;
     plan.kv_head = work.head;
     plan.batch = work.batch;
-    plan.first_head = work.head * group;
-    plan.end_head = plan.first_head + group;
     const bool packed = p.cu_seqlens_q != nullptr;
     plan.zero_queries_from = sequence.query_end < p.seqlen_q || packed ? sequence.query_end : INT_MAX;
     plan.zero_keys_from = sequence.key_end < p.seqlen_k || packed ? sequence.key_end : INT_MAX;

@@ -22,7 +22,7 @@ __device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, c
 }
 
 template <class Traits>
-__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule, bool rotates,
                                            const BackwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
   for (int round = 0;; ++round) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     // and that one waits for this plan's first step where it has a single step itself.
     if (n + Traits::kKeyStages >= 3) shared.k.wait_empty(n + Traits::kKeyStages - 3);
     BackwardPlan& plan = shared.plan(n);
-    make_plan<Traits>(plan, p, sequence, work);
+    make_plan<Traits>(plan, p, sequence, work, rotates);
     __syncwarp();
     if (!last && plan.empty()) {
       store_zero_gradients<Traits>(p, plan);
@@ -90,42 +90,40 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
     // With two places for K the first Q and dO come before it: who must give a place back may wait for them.
     if (Traits::kKeyStages >= 3) load_k();
     bool has_v = false;
-    const int end_head = uniform(plan.end_head), begin = uniform(plan.begin), end = uniform(plan.end);
-    for (int head = uniform(plan.first_head); head < end_head; ++head) {
-      for (int i0 = begin; i0 < end; i0 += Traits::kQueries, ++step) {
-        const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
-        const uint32_t q_tile = shared.q_tile(step), dout_tile = shared.dout_tile(step), full = shared.steps.full(step);
-        const uint32_t barrier = dirty ? shared.landed : full;
-        const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows) {
-          load_tile<QueryTile>(tile, map, barrier, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
-                               coordinate_of(rows.batch, plan.batch));
-        };
-        shared.steps.wait_empty(step);
+    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+      const int head = uniform(walk.head), i0 = uniform(walk.i0);
+      const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
+      const uint32_t q_tile = shared.q_tile(step), dout_tile = shared.dout_tile(step), full = shared.steps.full(step);
+      const uint32_t barrier = dirty ? shared.landed : full;
+      const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows) {
+        load_tile<QueryTile>(tile, map, barrier, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
+                             coordinate_of(rows.batch, plan.batch));
+      };
+      shared.steps.wait_empty(step);
+      if (leader) {
+        mbarrier_arrive_expect_bytes(barrier, 2 * QueryTile::kBytes);
+        load(q_tile, maps.q, p.q);
+        load(dout_tile, maps.dout, p.dout);
+      }
+      if (dirty) {
+        clean(full, [&] {
+          zero_rows_outside<QueryTile>(q_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+          zero_rows_outside<QueryTile>(dout_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+        });
+      }
+      if (!has_v) {  // after the first Q: V has one place, which is free later
+        if (Traits::kKeyStages < 3) load_k();
+        shared.v.wait_empty(n);
+        load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
+        has_v = true;
+      }
+      if (Traits::kExtras && maps.terms.copies_bias) {
+        shared.ds.wait_empty(step);
         if (leader) {
-          mbarrier_arrive_expect_bytes(barrier, 2 * QueryTile::kBytes);
-          load(q_tile, maps.q, p.q);
-          load(dout_tile, maps.dout, p.dout);
-        }
-        if (dirty) {
-          clean(full, [&] {
-            zero_rows_outside<QueryTile>(q_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
-            zero_rows_outside<QueryTile>(dout_tile, plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
-          });
-        }
-        if (!has_v) {  // after the first Q: V has one place, which is free later
-          if (Traits::kKeyStages < 3) load_k();
-          shared.v.wait_empty(n);
-          load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
-          has_v = true;
-        }
-        if (Traits::kExtras && maps.terms.copies_bias) {
-          shared.ds.wait_empty(step);
-          if (leader) {
-            mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
-            load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
-                                                  coordinate_of(p.bias.head, head),
-                                                  coordinate_of(p.bias.batch, plan.batch), plan.j0);
-          }
+          mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
+          load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
+                                                coordinate_of(p.bias.head, head),
+                                                coordinate_of(p.bias.batch, plan.batch), plan.j0);
         }
       }
     }
@@ -150,52 +148,65 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       }
       return;
     }
-    for (int head = plan.first_head; head < plan.end_head; ++head) {
+    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+      const int head = walk.head, i0 = walk.i0;
       const float* lse = static_cast<const float*>(p.lse.data) + plan.batch * p.lse.batch + head * p.lse.head;
       const float* row_sum =
           static_cast<const float*>(p.row_sum.data) + plan.batch * p.row_sum.batch + head * p.row_sum.head;
-      for (int i0 = plan.begin; i0 < plan.end; i0 += Traits::kQueries, ++step) {
-        // All loads are under way before the first is needed: their latency counts once.
-        constexpr int kRows = Traits::kQueries / 32;
-        const int64_t row0 = plan.sequence.first_q + i0;
-        const int lane = threadIdx.x % 32, begin = plan.sequence.query_begin - i0, end = plan.sequence.query_end - i0;
-        float row_lse[kRows], row_sums[kRows];
+      // All loads are under way before the first is needed: their latency counts once.
+      constexpr int kRows = Traits::kQueries / 32;
+      const int64_t row0 = plan.sequence.first_q + i0;
+      const int lane = threadIdx.x % 32, begin = plan.sequence.query_begin - i0, end = plan.sequence.query_end - i0;
+      float row_lse[kRows], row_sums[kRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const bool computed = 32 * r + lane >= begin && 32 * r + lane < end;
-          row_lse[r] = computed ? lse[row0 + 32 * r + lane] : -CUDART_INF_F;
-          row_sums[r] = computed ? row_sum[row0 + 32 * r + lane] : 0.0f;
-        }
-        shared.steps.wait_empty(step);
-        float* to = shared.row_values(step) + lane;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          to[32 * r] = lse_for_gradient(row_lse[r]);
-          to[Traits::kQueries + 32 * r] = row_sums[r] * factor;
-        }
-        bool lowest = false;
-        float slope = 0;
-        if constexpr (Traits::kExtras) {
-          if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[plan.batch * p.alibi_batch_stride + head];
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) lowest |= row_lse[r] < kLowestBias / 4 && row_lse[r] != -CUDART_INF_F;
-          lowest = any_lane(lowest);
-        }
-        if (threadIdx.x % 32 == 0) {
-          const bool last = head + 1 == plan.end_head && i0 + Traits::kQueries >= plan.end;
-          shared.step(step) = {static_cast<int>(n), head, i0, last, lowest, slope};
-        }
-        __syncwarp();
-        if (elect_one()) mbarrier_arrive(shared.steps.full(step));
+      for (int r = 0; r < kRows; ++r) {
+        const bool computed = 32 * r + lane >= begin && 32 * r + lane < end;
+        row_lse[r] = computed ? lse[row0 + 32 * r + lane] : -CUDART_INF_F;
+        row_sums[r] = computed ? row_sum[row0 + 32 * r + lane] : 0.0f;
       }
+      shared.steps.wait_empty(step);
+      float* to = shared.row_values(step) + lane;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        to[32 * r] = lse_for_gradient(row_lse[r]);
+        to[Traits::kQueries + 32 * r] = row_sums[r] * factor;
+      }
+      bool lowest = false;
+      float slope = 0;
+      if constexpr (Traits::kExtras) {
+        if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[plan.batch * p.alibi_batch_stride + head];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) lowest |= row_lse[r] < kLowestBias / 4 && row_lse[r] != -CUDART_INF_F;
+        lowest = any_lane(lowest);
+      }
+      if (threadIdx.x % 32 == 0) shared.step(step) = {static_cast<int>(n), head, i0, walk.last(), lowest, slope};
+      __syncwarp();
+      if (elect_one()) mbarrier_arrive(shared.steps.full(step));
     }
   }
 }
 
-// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
-// tile take turns. They have consecutive numbers, from that of the queries' first visible key on.
+// How many key tiles add to a query tile's dQ before this piece of work does. They have consecutive numbers, from that
+// of the queries' first visible key on; where the pieces of work start at different steps, the first is the one that
+// starts there, or the next above.
 template <class Traits>
-__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
+__device__ __forceinline__ int turn_of(const AttentionParams& p, const BackwardPlan& plan, int head, int i0,
+                                       bool rotates) {
+  const Sequence& sequence = plan.sequence;
+  if (!rotates) {
+    const int begin = max(i0, sequence.query_begin), end = min(i0 + Traits::kQueries, sequence.query_end);
+    return plan.j0 / Traits::kKeys - sequence.keys_of(p, begin, end).begin / Traits::kKeys;
+  }
+  const int tiles = (plan.end - plan.begin) / Traits::kQueries, steps = (plan.end_head - plan.first_head) * tiles;
+  const int step = (head - plan.first_head) * tiles + (i0 - plan.begin) / Traits::kQueries;
+  const int first = (step * plan.turns + steps - 1) / steps;  // smallest turn that starts at `step` or above
+  return plan.turn - first + (plan.turn < first ? plan.turns : 0);
+}
+
+// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
+// tile take turns.
+template <class Traits>
+__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator, bool rotates,
                                        const BackwardShared<Traits>& shared) {
   constexpr int kTileBytes = DqAccumulator::kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
   if (!elect_one()) return;
@@ -205,26 +216,24 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
     if (at.plan < 0) break;
     const BackwardPlan& plan = shared.plan(at.plan);
     const Sequence& sequence = plan.sequence;
+    int32_t* turns = nullptr;
     if (accumulator.turns != nullptr) {
-      const int row_begin = max(at.i0, sequence.query_begin),
-                row_end = min(at.i0 + Traits::kQueries, sequence.query_end);
-      const int turn = plan.j0 / Traits::kKeys - sequence.keys_of(p, row_begin, row_end).begin / Traits::kKeys;
-      while (load_acquire(accumulator.turn(sequence, plan.batch, at.head, at.i0)) < turn) __nanosleep(20);
+      turns = accumulator.turn(sequence, plan.batch, at.head, at.i0);
+      const int turn = turn_of<Traits>(p, plan, at.head, at.i0, rotates);
+      while (load_acquire(turns) < turn) {
+      }
       fence_async_proxy_global();
     }
     // The accumulator ends with the sequence's last tile of 64 rows.
     const int bytes = at.i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
-    int32_t* const turn =
-        accumulator.turns != nullptr ? accumulator.turn(sequence, plan.batch, at.head, at.i0) : nullptr;
     bulk_add_float(accumulator.rows(sequence, plan.batch, at.head, at.i0), shared.dq_tile(), bytes);
     bulk_commit();
     bulk_wait_read<0>();
     mbarrier_arrive(shared.dq.empty(step));  // the consumers go on; plan and step may be over now
-    if (turn != nullptr) {
+    if (turns != nullptr) {
       bulk_wait<0>();
       fence_async_proxy_global();
-      __threadfence();
-      add_release(turn, 1);
+      add_release(turns, 1);
     }
   }
   bulk_wait<0>();

@@ -83,17 +83,23 @@ struct GradientTerms {
     __syncwarp();
   }
   __device__ __forceinline__ void multiply_by_slopes(Scores& ds, uint32_t place) const {
-    for_each_pair<Half>(place, [&](float (&x)[4], int e, float2 slope) {
-      x[e] *= slope.x;
-      x[e + 1] *= slope.y;
-    }, ds);
+    for_each_pair<Half>(
+        place,
+        [&](float (&x)[4], int e, float2 slope) {
+          x[e] *= slope.x;
+          x[e + 1] *= slope.y;
+        },
+        ds);
   }
 
   __device__ __forceinline__ void add_bias(Scores& s, float scale, uint32_t place) const {
-    for_each_pair<T>(place, [&](float (&x)[4], int e, float2 bias) {
-      x[e] = x[e] * scale + bias.x;
-      x[e + 1] = x[e + 1] * scale + bias.y;
-    }, s);
+    for_each_pair<T>(
+        place,
+        [&](float (&x)[4], int e, float2 bias) {
+          x[e] = x[e] * scale + bias.x;
+          x[e + 1] = x[e + 1] * scale + bias.y;
+        },
+        s);
   }
 
   // f(x[n], e, pair): what the tile has for elements e and e + 1.
