@@ -16,6 +16,21 @@ struct DropoutWords {
   uint32_t word[2][2];
 };
 
+// Compares the four bytes of a random word with the limit at once.
+struct DropoutLimit {
+  uint32_t complement, below_128;
+
+  __device__ explicit DropoutLimit(uint32_t keep)
+      : complement((128 - keep % 128) * 0x01010101u), below_128(keep < 128 ? 0xFFFFFFFFu : 0u) {}
+
+  // Bit 7 of each byte: is it dropped, not below keep? The other bits mean nothing. Carries of the low seven bits do not
+  // reach the next byte; they decide where bit 7 alone does not.
+  __device__ __forceinline__ uint32_t dropped(uint32_t word) const {
+    const uint32_t carry = (word & 0x7F7F7F7Fu) + complement;
+    return (word & carry) | (below_128 & (word | carry));
+  }
+};
+
 template <bool TRANSPOSED>
 struct FragmentDropout {
   uint32_t seed_low, seed_high;
