@@ -23,8 +23,8 @@ struct DropoutLimit {
   __device__ explicit DropoutLimit(uint32_t keep)
       : complement((128 - keep % 128) * 0x01010101u), below_128(keep < 128 ? 0xFFFFFFFFu : 0u) {}
 
-  // Bit 7 of each byte: is it dropped, not below keep? The other bits mean nothing. Carries of the low seven bits do not
-  // reach the next byte; they decide where bit 7 alone does not.
+  // Bit 7 of each byte: is it dropped, not below keep? The other bits mean nothing. Carries of the low seven bits do
+  // not reach the next byte; they decide where bit 7 alone does not.
   __device__ __forceinline__ uint32_t dropped(uint32_t word) const {
     const uint32_t carry = (word & 0x7F7F7F7Fu) + complement;
     return (word & carry) | (below_128 & (word | carry));
