@@ -2,18 +2,18 @@
 // of query rows after the other. One producer warp copies Q, K and V into rings of shared memory; each consumer
 // warpgroup owns 64 of the rows. While the exponentials of key tile j are taken, the tensor cores already multiply Q by
 // the keys of tile j - 1, and the warpgroups take turns at them, so that one's softmax hides behind the others'
-// products.
+// products. Dropout's bits are drawn by two more warps of the producer's warpgroup (forward_dropout.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "attention/dropout_fragment.cuh"
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
 #include "instructions/tma.cuh"
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
+#include "sm90/forward_dropout.cuh"
 #include "sm90/forward_layout.cuh"
 #include "sm90/score_terms.cuh"
 #include "tile/store.cuh"
@@ -133,6 +133,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
 template <class Traits>
 struct ForwardWarpgroup {
   using T = typename Traits::T;
+  using Drawn = std::conditional_t<Traits::kDraws, DrawnBits<Traits>, DrawnWords<Traits>>;
   static constexpr int kKeys = Traits::kKeys;
 
   const AttentionParams& p;
@@ -181,10 +182,10 @@ struct ForwardWarpgroup {
     wgmma_commit();
   }
 
-  // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout draws. Returns
-  // whether out must be multiplied by `correction`.
+  // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout's bits arrive or are
+  // drawn. Returns whether out must be multiplied by `correction`.
   __device__ __forceinline__ bool exponentiate(const ForwardPlan<Traits>& plan, int tile, uint32_t place, bool boundary,
-                                               RowVector<16>& correction, DropoutTile<Traits>& kept) {
+                                               RowVector<16>& correction, Drawn& drawn) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if constexpr (Traits::kExtras) terms.apply(s, plan, place, row0, j0);
     if (boundary) hide_invisible<false>(s, p, plan.sequence, row0, j0);
@@ -192,11 +193,17 @@ struct ForwardWarpgroup {
     take_lane_max(top, s, 0, kKeys / 8);
     if constexpr (Traits::kExtras) terms.keep_lowest_visible(s, top);
     const bool moved = softmax.raise_max(top, factor, correction);
-    if (drops()) {
+    if constexpr (Traits::kDraws) {
+      shared.bits.wait_full(place);
+      drawn.load(shared, place);
+      __syncwarp();
+      shared.bits.release(place);
+      softmax.exponentiate(s, factor, 0, kKeys / 8);
+    } else if (drops()) {
       dropout.batch_head = plan.batch * p.heads_q + plan.head;
 #pragma unroll
-      for (int n = 0; n < DropoutTile<Traits>::kDraws; ++n) {
-        kept.draw(dropout, row0 / 16, j0 / 16, n);
+      for (int n = 0; n < Drawn::kDraws; ++n) {
+        drawn.draw(dropout, row0 / 16, j0 / 16, n);
         softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n);
       }
     } else {
@@ -215,12 +222,16 @@ struct ForwardWarpgroup {
     return plan.own[warpgroup].hides(tile * kKeys, (tile + 1) * kKeys);
   }
 
-  __device__ __forceinline__ bool drops() const { return Traits::kDropout && (!Traits::kExtras || dropout.keep < 256); }
+  __device__ __forceinline__ bool drops() const { return Traits::kDropout && dropout.keep < 256; }
 
   // Rounds the probabilities for P V; zeroes what dropout drops.
-  __device__ __forceinline__ void round_probabilities(const DropoutTile<Traits>& kept) {
+  __device__ __forceinline__ void round_probabilities(const Drawn& drawn) {
     to_operand<T>(probabilities, s, 0);
-    if (drops()) kept.apply(dropout, probabilities);
+    if constexpr (Traits::kDraws) {
+      drawn.apply(probabilities);
+    } else {
+      if (drops()) drawn.apply(dropout, probabilities);
+    }
   }
 
   // The first of this warp's 16 rows.
@@ -282,9 +293,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   shared.k.release(tiles);
   if (tile == plan->tiles.begin) shared.q.release(n);
   {
-    DropoutTile<Traits> kept;
-    state.exponentiate(*plan, tile, tiles, state.has_boundary(*plan, tile), correction, kept);
-    state.round_probabilities(kept);
+    typename ForwardWarpgroup<Traits>::Drawn drawn;
+    state.exponentiate(*plan, tile, tiles, state.has_boundary(*plan, tile), correction, drawn);
+    state.round_probabilities(drawn);
   }
 
   for (;; ++tiles) {
@@ -312,8 +323,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     wgmma_settle(state.s);
     shared.k.release(tiles + 1);
     if (last) shared.q.release(n);
-    DropoutTile<Traits> kept;  // not carried round the loop: without dropout it would hold its registers all the time
-    const bool moved = state.exponentiate(*plan, tile, tiles + 1, boundary, correction, kept);
+    // Not carried round the loop: it would hold its registers all the time.
+    typename ForwardWarpgroup<Traits>::Drawn drawn;
+    const bool moved = state.exponentiate(*plan, tile, tiles + 1, boundary, correction, drawn);
     wgmma_wait<0>();
     wgmma_settle(state.out);
     shared.v.release(tiles);
@@ -323,7 +335,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     } else if (moved) {
       OnlineSoftmax<16>::rescale(state.out, correction);
     }
-    state.round_probabilities(kept);
+    state.round_probabilities(drawn);
   }
 
   shared.v.wait_full(tiles);
@@ -350,6 +362,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) produce(p, maps, shared);
     if (warp == 1) make_plans(p, schedule, shared);
+    if (Traits::kDraws && warp >= 2) draw_dropout(p, shared, warp - 2);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume(p, maps, shared, warpgroup);
@@ -374,7 +387,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (has_small_tiles(HEAD_DIM, DROPOUT, EXTRAS)) {
+  if constexpr (has_small_tiles(HEAD_DIM, EXTRAS)) {
     if (prefers_small_tiles(p)) return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
   }
   launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);
