@@ -29,6 +29,7 @@ struct ForwardTraits {
   static constexpr bool kDraws = DROPOUT && !EXTRAS;
   static constexpr int kProducerRegisters = producer_registers(kWarpgroups, kDraws);
   static constexpr int kConsumerRegisters = consumer_registers(kWarpgroups, kDraws);
+  static_assert(!DROPOUT || kKeys % 32 == 0 || HEAD_DIM > 128);
   using QTile = SwizzledTile<kRows, HEAD_DIM>;
   using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QRing = Ring<kConfig.q_stages>;
@@ -42,8 +43,9 @@ struct ForwardTraits {
   static constexpr int kPlans = 4;
 
   // One word for 64 keys of a consumer lane. Four tiles ahead: the drawing warps go on while the consumers wait for
-  // keys or store.
-  static constexpr int kDrawers = 2, kBitStages = 4;
+  // keys or store. Each warp has another of the four schedulers, which issues for the consumers too: with three
+  // warpgroups the planning warp draws as well, or two schedulers would have more to issue than a tile takes.
+  static constexpr int kDrawers = kWarpgroups > 2 ? 3 : 2, kBitStages = 4;
   static constexpr int kBitWords = (kKeys + 63) / 64, kBitWordBytes = 4 * 32;
   static constexpr int kBitTileBytes = kRows / 16 * kBitWords * kBitWordBytes;
   using BitRing = Ring<kBitStages>;
