@@ -23,7 +23,6 @@ struct BackwardWarpgroup {
   using T = typename Traits::T;
   using KeyTile = typename Traits::KeyTile;
   using QueryTile = typename Traits::QueryTile;
-  using ScoreTile = typename Traits::ScoreTile;
   static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim, kDqColumns = Traits::kDqColumns;
 
   const AttentionParams& p;
@@ -63,13 +62,19 @@ struct BackwardWarpgroup {
   }
   // dQ = dS K.
   __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
-    const uint64_t a = ScoreTile::descriptor(shared.ds_tile(step) + (Traits::kSplitColumns ? 0 : warpgroup * 64 * 128));
+    using ByQuery = typename Traits::ScoreTile;
+    using ByKey = typename Traits::ScoreColumns;
+    constexpr int kOwn = Traits::kSplitColumns ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
+    const uint32_t own = shared.ds_tile(step) + warpgroup * kOwn;
+    const uint64_t a = Traits::kExtras ? ByQuery::descriptor(own) : ByKey::descriptor(own);
     constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
     const uint64_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kDqColumns, 0, 1>(wgmma_registers(dq), a + ScoreTile::across(k), b + KeyTile::down(k), k > 0);
+      wgmma_ss<T, kDqColumns, !Traits::kExtras, 1>(wgmma_registers(dq),
+                                                   a + (Traits::kExtras ? ByQuery::across(k) : ByKey::down(k)),
+                                                   b + KeyTile::down(k), k > 0);
     wgmma_commit();
   }
 
@@ -120,10 +125,17 @@ struct BackwardWarpgroup {
   // dS to shared memory, where both warpgroups read it for dQ.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
     shared.ds.wait_empty(step);
-    const uint32_t place = ds_place(step);
+    if constexpr (Traits::kExtras) {
+      const uint32_t place = ds_place(step);
 #pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+      for (int k = 0; k < kQueries / 16; ++k)
+        stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+    } else {
+      const int lane = threadIdx.x % 32, row = 64 * warpgroup + 16 * warp + lane % 16, chunk = lane / 16;
+#pragma unroll
+      for (int k = 0; k < kQueries / 16; ++k)
+        stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), ds.x[0][k]);
+    }
     fence_async_proxy();
     __syncwarp();
     shared.ds.release_full(step);

@@ -84,7 +84,9 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = DROPOUT ? 40 : 24, kConsumerRegisters = DROPOUT ? 232 : 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
-  using ScoreTile = SwizzledTile<kQueries, kKeys>;  // dS, and before it the bias
+  using ScoreTile = SwizzledTile<kQueries, kKeys>;  // of the bias, and with extras dS in its place
+  // Otherwise dS lies with keys as rows, as the fragments have it: 1 to 3 % faster.
+  using ScoreColumns = SwizzledTile<kKeys, kQueries>;
 
   // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
   // of two steps, dQ on its way out, lse and row sums of two steps, dropout's bits of one, plans, barriers. A third

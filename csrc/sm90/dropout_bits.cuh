@@ -7,8 +7,8 @@
 
 namespace hf_flash::sm90 {
 
-// What is dropped of a lane's elements of an accumulator with keys as rows. Block k of 16 queries has its bits at 7 - 2 k
-// of the four bytes for the even queries and one below for the odd ones, in the order of dropout.h's bytes.
+// What is dropped of a lane's elements of an accumulator with keys as rows. Block k of 16 queries has its bits at 7 - 2
+// k of the four bytes for the even queries and one below for the odd ones, in the order of dropout.h's bytes.
 template <int QUERIES>
 struct DroppedKeys {
   static constexpr int kWords = QUERIES / 64;
@@ -27,8 +27,8 @@ struct DroppedKeys {
 };
 
 // By a warp: the bits of 16 WARPS keys from block j_block on and QUERIES queries from block
-// i_block on. A lane's call serves two lanes of a consumer warp, whose keys differ in the last bit; its four calls of 64
-// queries make a word for each.
+// i_block on. A lane's call serves two lanes of a consumer warp, whose keys differ in the last bit; its four calls of
+// 64 queries make a word for each.
 template <int QUERIES, int WARPS>
 __device__ __forceinline__ void draw_dropped(const AttentionParams& p, uint32_t bits, int i_block, int j_block,
                                              uint32_t batch_head) {

@@ -13,8 +13,8 @@ template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
 
 // What the backward serves of a head dimension, 64 or 128. Beside dK and dV of 128 columns extras find registers only
-// without dropout, and no pointers to what is read or written element by element: masks, most biases beside a softcap or
-// that the TMA engine cannot read, gradients of biases that broadcast nowhere.
+// without dropout, and no pointers to what is read or written element by element: masks, most biases beside a softcap
+// or that the TMA engine cannot read, gradients of biases that broadcast nowhere.
 constexpr bool extras_drop(int head_dim) { return head_dim <= 64; }
 constexpr bool extras_by_element(int head_dim) { return head_dim <= 64; }
 
