@@ -111,7 +111,8 @@ struct Sm90Backward {
   static constexpr bool has_variants(int) { return true; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
-    sm90::run_backward<T, HEAD_DIM, DROPOUT && !(EXTRAS && !sm90::extras_drop(HEAD_DIM)), EXTRAS>(p, stream);
+    if constexpr (sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM)
+      sm90::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
   }
 };
 
@@ -137,7 +138,7 @@ void forward(const AttentionParams& p, void* stream) {
 // The head dimension of Hopper's backward for this call, 0 where the mma.sync kernels serve it.
 static int hopper_head_dim(const AttentionParams& p) {
   if (architecture() != Arch::kSm90) return 0;
-  return sm90::backward_head_dim(p, has_extras(p));
+  return sm90::backward_head_dim(std::max(p.head_dim, p.head_dim_v));
 }
 
 int64_t backward_workspace(const AttentionParams& p) {

@@ -71,6 +71,17 @@ struct FragmentDropout {
     return __byte_perm(words.word[block][e % 2], 0, 0x4440 + byte) < keep;
   }
 
+  // What is dropped of a block, bit 7 of each byte: for e % 2 = 0 and 1.
+  __device__ __forceinline__ uint2 dropped(const DropoutWords& words, int block) const {
+    const DropoutLimit limit(keep);
+    return {limit.dropped(words.word[block][0]), limit.dropped(words.word[block][1])};
+  }
+  // The sign bit if element e of column tile n is.
+  __device__ static __forceinline__ uint32_t sign_if_dropped(uint2 dropped, int n, int e) {
+    const int byte = TRANSPOSED ? 2 * (n % 2) + e / 2 : 2 * (e / 2) + n % 2;
+    return (e % 2 ? dropped.y : dropped.x) << (24 - 8 * byte) & 0x80000000u;
+  }
+
   // The same as masks of the packed pairs (e % 2 = 0 low, 1 high): 0xFFFF where kept. mask[q] belongs to register q of
   // an A operand: e / 2 = q % 2, n % 2 = q / 2. A byte is a subnormal float16, so one half2 comparison tests two.
   __device__ __forceinline__ void masks(uint32_t (&mask)[4], const DropoutWords& words, int block) const {

@@ -101,7 +101,71 @@ struct ScoreGradient {
     }
   }
 
+  // apply() in two halves, without the extra terms, for kernels that get dp later than s; a warp's 16 keys. First:
+  // scores that count as s * factor in log2 units to probabilities. What dropout drops comes out negative. lse and
+  // row_sum begin at this lane's first query.
+  template <int COLS>
+  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
+                                               int j0) const {
+    if (!DROPOUT || (EXTRAS && dropout.keep >= 256)) {
+      exponentiate<false>(s, lse, factor, i0, j0);
+    } else {
+      exponentiate<true>(s, lse, factor, i0, j0);
+    }
+  }
+
+  // Second: leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
+  template <int COLS>
+  __device__ __forceinline__ void differentiate(Accumulator<16, COLS>& s, Accumulator<16, COLS>& dp,
+                                                const float* row_sum) const {
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(row_sum + 8 * n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& probability = s.x[0][n][e];
+        float& gradient = dp.x[0][n][e];
+        const float row_delta = e % 2 ? delta.y : delta.x;
+        if constexpr (DROPOUT) {
+          const float lost = fabsf(probability) * row_delta;
+          probability = fmaxf(probability, 0.0f);
+          gradient = probability * gradient - lost;
+        } else {
+          gradient = probability * (gradient - row_delta);
+        }
+      }
+    }
+  }
+
  private:
+  template <bool DROPS, int COLS>
+  __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
+                                               int j0) const {
+    DropoutWords words;
+#pragma unroll
+    for (int block = 0; block < COLS / 16; ++block) {
+      uint2 dropped;
+      if constexpr (DROPS) {
+        if (block % 2 == 0) words = dropout.draw((i0 >> 4) + block, j0 >> 4, (i0 >> 4) + block + 1, j0 >> 4);
+        if (!EXTRAS) dropped = dropout.dropped(words, block % 2);
+      }
+#pragma unroll
+      for (int n = 2 * block; n < 2 * block + 2; ++n) {
+        const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = s.x[0][n][e];
+          x = exp2_fast(x * factor - (e % 2 ? row_lse.y : row_lse.x));
+          if constexpr (DROPS && EXTRAS) {  // the compared bytes would find no registers at D 128
+            if (!dropout.keeps(words, block % 2, n, e)) x = -x;
+          } else if constexpr (DROPS) {
+            x = __uint_as_float(__float_as_uint(x) | dropout.sign_if_dropped(dropped, n, e));
+          }
+        }
+      }
+    }
+  }
+
   template <int ROWS, int COLS>
   __device__ __forceinline__ void differentiate(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp,
                                                 const float* lse, const float* row_sum, int i0, int j0,

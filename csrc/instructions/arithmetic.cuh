@@ -33,14 +33,6 @@ __device__ __forceinline__ uint32_t copy_signs(uint32_t x) {
   return y;
 }
 
-// Likewise of x and y: 8 + i is byte i of x, 12 + i byte i of y.
-template <uint32_t SELECTOR>
-__device__ __forceinline__ uint32_t copy_signs(uint32_t x, uint32_t y) {
-  uint32_t z;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "n"(SELECTOR));
-  return z;
-}
-
 // The value of lane ^ mask.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int mask) {

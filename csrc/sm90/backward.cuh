@@ -12,7 +12,6 @@
 #include "portable/portable.h"
 #include "sm90/backward_producers.cuh"
 #include "sm90/gradient_terms.cuh"
-#include "sm90/score_gradient.cuh"
 #include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
@@ -78,9 +77,6 @@ struct BackwardWarpgroup {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ bool drops() const {
-    return Traits::kDropout && (!Traits::kExtras || p.dropout_keep < 256);
-  }
   __device__ __forceinline__ uint32_t ds_place(uint32_t step) const {
     return GradientTerms<Traits>::place(shared.ds_tile(step));
   }
@@ -95,27 +91,17 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void differentiate(uint32_t step) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
+    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
     const int key0 = first_key(plan);
     const float* lse = shared.row_values(step) + lane_col();
-    DroppedKeys<kQueries> dropped;
-    if (drops()) {
-      shared.bits.wait_full(step);
-      dropped.load(shared.bits_tile(), 4 * warpgroup + warp);
-      __syncwarp();
-      shared.bits.release(step);
-    }
     wgmma_wait<1>();
     wgmma_settle(s);
     if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), key0);
     if (has_boundary(plan, at.i0)) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
-    if (drops()) {
-      exponentiate<true>(s, lse, terms.constants.factor, dropped);
-    } else {
-      exponentiate<false>(s, lse, terms.constants.factor, dropped);
-    }
+    gradient.exponentiate(s, lse, terms.constants.factor, at.i0, key0);
     wgmma_wait<0>();
     wgmma_settle(dp);
-    sm90::differentiate<Traits::kDropout>(s, dp, lse + kQueries);
+    gradient.differentiate(s, dp, lse + kQueries);
     if constexpr (Traits::kExtras) terms.finish(dp, plan, at, ds_place(step), key0);
     if (at.last) shared.v.release(at.plan);
     to_operand<T>(probabilities, s, 0);

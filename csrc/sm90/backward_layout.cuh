@@ -34,25 +34,22 @@ struct BackwardPlan {
 // or a window the key tiles of a head then come to a query tile in the order of their numbers.
 template <int QUERIES>
 struct StepWalk {
-  const int begin, end, first_head, end_head;
+  const BackwardPlan& plan;
   int head, i0, left;
 
   __device__ explicit StepWalk(const BackwardPlan& plan)
-      : begin(uniform(plan.begin)),
-        end(uniform(plan.end)),
-        first_head(uniform(plan.first_head)),
-        end_head(uniform(plan.end_head)),
-        head(uniform(plan.start_head)),
-        i0(uniform(plan.start_i0)),
-        left((end_head - first_head) * ((end - begin) / QUERIES)) {}
+      : plan(plan),
+        head(plan.start_head),
+        i0(plan.start_i0),
+        left((plan.end_head - plan.first_head) * ((plan.end - plan.begin) / QUERIES)) {}
   __device__ bool exists() const { return left > 0; }
   __device__ bool last() const { return left == 1; }
   __device__ void next() {
     --left;
     i0 -= QUERIES;
-    if (i0 < begin) {
-      i0 = end - QUERIES;
-      head = head > first_head ? head - 1 : end_head - 1;
+    if (i0 < plan.begin) {
+      i0 = plan.end - QUERIES;
+      head = head > plan.first_head ? head - 1 : plan.end_head - 1;
     }
   }
 };
@@ -80,8 +77,7 @@ struct BackwardTraits {
   // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
-  // Of 65536 / 384: with dropout the producers draw.
-  static constexpr int kProducerRegisters = DROPOUT ? 40 : 24, kConsumerRegisters = DROPOUT ? 232 : 240;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
   using ScoreTile = SwizzledTile<kQueries, kKeys>;  // of the bias, and with extras dS in its place
@@ -89,10 +85,9 @@ struct BackwardTraits {
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;
 
   // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
-  // of two steps, dQ on its way out, lse and row sums of two steps, dropout's bits of one, plans, barriers. A third
-  // tile of dS lets a step's bias come while the step before is at work.
-  static constexpr int kStages = 2, kPlans = 4, kSteps = 8;
-  static constexpr int kKeyStages = HEAD_DIM <= 64 && !(DROPOUT && kQueries == 128) ? 3 : 2;
+  // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A third tile of dS lets a step's
+  // bias come while the step before is at work.
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
   static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
@@ -101,8 +96,7 @@ struct BackwardTraits {
   static constexpr int kDq = kDs + kScoreStages * ScoreTile::kBytes;
   static constexpr int kDqBytes = kQueries * HEAD_DIM * static_cast<int>(sizeof(float));
   static constexpr int kValues = kDq + kDqBytes;
-  static constexpr int kBits = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kStep = kBits + (DROPOUT ? kKeys * kQueries / 8 : 0);
+  static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
 };
 
@@ -156,14 +150,14 @@ struct BackwardShared {
   using Scores = Ring<Traits::kScoreStages>;
   using Single = Ring<1>;
   static constexpr int kBytes =
-      kBarriers + Plans::kBytes + Keys::kBytes + 3 * Single::kBytes + Pair::kBytes + 2 * Scores::kBytes + 8;
+      kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + Pair::kBytes + 2 * Scores::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
   Plans planned;  // only its full barriers are used: a plan is free when K is
   Keys k;
-  Single v, dq, bits;
+  Single v, dq;
   Pair steps;       // Q, dO, lse and row sums of a step arrive together
   Scores ds, bias;  // of bias only the full barriers are used: it lies where dS of its step will
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
@@ -175,8 +169,7 @@ struct BackwardShared {
         k(planned.barriers + Plans::kBytes),
         v(k.barriers + Keys::kBytes),
         dq(v.barriers + Single::kBytes),
-        bits(dq.barriers + Single::kBytes),
-        steps(bits.barriers + Single::kBytes),
+        steps(dq.barriers + Single::kBytes),
         ds(steps.barriers + Pair::kBytes),
         bias(ds.barriers + Scores::kBytes),
         landed(bias.barriers + Scores::kBytes) {}
@@ -186,7 +179,6 @@ struct BackwardShared {
     k.init(Traits::kWarps);
     v.init(Traits::kWarps);
     dq.init(1, Traits::kWarps);
-    bits.init(Traits::kWarps);
     steps.init(Traits::kWarps, 2);  // filled by the copying warp and by the one that brings the row values
     ds.init(Traits::kWarps, Traits::kWarps);
     bias.init(1);
@@ -209,7 +201,6 @@ struct BackwardShared {
   }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
-  __device__ uint32_t bits_tile() const { return base + Traits::kBits; }
   __device__ BackwardStep& step(uint32_t step) const {
     return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
   }

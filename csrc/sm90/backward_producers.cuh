@@ -4,7 +4,6 @@
 
 #include "attention/score_gradient.cuh"
 #include "sm90/backward_layout.cuh"
-#include "sm90/dropout_bits.cuh"
 
 namespace hf_flash::sm90 {
 
@@ -92,7 +91,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
     if (Traits::kKeyStages >= 3) load_k();
     bool has_v = false;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
-      const int head = walk.head, i0 = walk.i0;
+      const int head = uniform(walk.head), i0 = uniform(walk.i0);
       const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
       const uint32_t q_tile = shared.q_tile(step), dout_tile = shared.dout_tile(step), full = shared.steps.full(step);
       const uint32_t barrier = dirty ? shared.landed : full;
@@ -132,11 +131,10 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
 }
 
 // What each step is, and lse, in log2 units, and row sums of its queries; rows that are not computed get probabilities
-// of 0. Then dropout's bits of the step, while the consumers are at the one before.
+// of 0.
 template <class Traits>
 __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const BackwardShared<Traits>& shared) {
   const float factor = Traits::kDropout ? p.dropout_keep / 256.0f : 1.0f;
-  const bool drops = Traits::kDropout && p.dropout_keep < 256;
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     shared.planned.wait_full(n);
@@ -184,13 +182,6 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       if (threadIdx.x % 32 == 0) shared.step(step) = {static_cast<int>(n), head, i0, walk.last(), lowest, slope};
       __syncwarp();
       if (elect_one()) mbarrier_arrive(shared.steps.full(step));
-      if (drops) {
-        shared.bits.wait_empty(step);
-        draw_dropped<Traits::kQueries, Traits::kWarps>(p, shared.bits_tile(), i0 / 16, plan.j0 / 16,
-                                                       plan.batch * p.heads_q + head);
-        __syncwarp();
-        shared.bits.release_full(step);
-      }
     }
   }
 }

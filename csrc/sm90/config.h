@@ -19,20 +19,21 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   // Extras: two tiles of a bias share the memory. Blocks of 64 keys, as a bias is copied, where registers allow it.
   if (extras && head_dim <= 64) return {2, 128, 4, 2, true};
   if (extras) return {2, head_dim <= 128 ? 128 : head_dim <= 192 ? 64 : 32, 2, 1, true};
-  // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, and for dropout's bits from the
-  // producer. Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
-  if (head_dim <= 64 && !small) return {3, 128, 4, 2, true};
+  // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, not for dropout's masks beside them.
+  // Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
+  if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true};
   if (head_dim <= 64) return {2, 128, 4, 2, true};
   // Here the products take longer than the softmax and hide it without turns, 6 % faster than with them at S 16384.
   if (head_dim <= 128) return {2, 128, 2, 2, false};
-  if (head_dim <= 192) return {2, 96, 2, 1, true};
-  // The bits of 80 keys find no room in shared memory.
+  if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true};
   return {2, dropout ? 64 : 80, 2, 1, true};
 }
 
 // Are there tiles of 128 rows beside those of 192? They fit a short causal triangle better: 226 against 212 TFLOP/s at
 // S 512, 309 against 271 at 1024, 454 against 518 at 16384.
-constexpr bool has_small_tiles(int head_dim, bool extras) { return head_dim <= 64 && !extras; }
+constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
+  return head_dim <= 64 && !dropout && !extras;
+}
 
 // Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
@@ -46,11 +47,8 @@ constexpr BackwardConfig backward_config(int head_dim, bool dropout, bool extras
   return {head_dim <= 64 && !dropout && !extras ? 128 : 64};
 }
 
-// Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536. Drawing dropout's bits
-// spills with 24.
-constexpr int producer_registers(int warpgroups, bool draws = false) { return warpgroups > 2 ? 32 : draws ? 40 : 24; }
-constexpr int consumer_registers(int warpgroups, bool draws = false) {
-  return warpgroups > 2 ? 160 : draws ? 232 : 240;
-}
+// Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536.
+constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }
+constexpr int consumer_registers(int warpgroups) { return warpgroups == 2 ? 240 : 160; }
 
 }  // namespace hf_flash::sm90

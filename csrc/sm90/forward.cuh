@@ -2,26 +2,137 @@
 // of query rows after the other. One producer warp copies Q, K and V into rings of shared memory; each consumer
 // warpgroup owns 64 of the rows. While the exponentials of key tile j are taken, the tensor cores already multiply Q by
 // the keys of tile j - 1, and the warpgroups take turns at them, so that one's softmax hides behind the others'
-// products. Dropout's bits are drawn by more warps of the producer's warpgroup.
+// products.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "attention/dropout_fragment.cuh"
 #include "attention/schedule.cuh"
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
+#include "instructions/tma.cuh"
+#include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
-#include "sm90/forward_producers.cuh"
+#include "sm90/forward_layout.cuh"
 #include "sm90/score_terms.cuh"
 #include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
 
+// By a warp: the rows of a plan, which see no key.
+template <class Traits>
+__device__ __forceinline__ void store_nothing(const AttentionParams& p, const ForwardPlan<Traits>& plan) {
+  const int lane = threadIdx.x % 32, end = min(plan.row0 + Traits::kRows, plan.sequence.len_q);
+  const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[plan.head] : -CUDART_INF_F;
+  for (int row = plan.row0; row < end; ++row) {
+    const int64_t place = plan.sequence.first_q + row;
+    uint16_t* out = static_cast<uint16_t*>(p.out.data) + plan.batch * p.out.batch + plan.head * p.out.head;
+    if (8 * lane < p.head_dim_v) *reinterpret_cast<uint4*>(out + place * p.out.row + 8 * lane) = uint4{0, 0, 0, 0};
+    float* lse = static_cast<float*>(p.lse.data) + plan.batch * p.lse.batch + plan.head * p.lse.head;
+    if (lane == 0) lse[place] = plan.sequence.computes(row) ? sink : -CUDART_INF_F;
+  }
+}
+
+// The planning warp looks one or two pieces of work ahead: what it reads from memory costs nobody any time.
+template <class Traits>
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
+                                           const ForwardShared<Traits>& shared) {
+  uint32_t n = 0;  // pieces of work so far
+  for (int round = 0;; ++round) {
+    const PersistentSchedule::Work work = schedule.work(round);
+    const bool last = work.tile < 0;
+    const Sequence sequence(p, last ? 0 : work.batch);
+    // A shorter sequence than the longest, or no work in this round.
+    if (!last && work.tile * Traits::kRows >= sequence.len_q) continue;
+    shared.q.wait_empty(n);
+    shared.plan(n).make(p, sequence, work);
+    __syncwarp();
+    if (!last && shared.plan(n).tiles.empty()) {
+      store_nothing(p, shared.plan(n));
+      __syncwarp();
+      continue;
+    }
+    if (elect_one()) mbarrier_arrive(shared.planned.full(n));
+    if (last) return;
+    ++n;
+  }
+}
+
+// The producer warp: for each plan Q, then the key tiles from the last to the first. V of a tile follows K of the tile
+// before it, and then comes that one's bias: the order in which the consumers need them.
+template <class Traits>
+__device__ __forceinline__ void produce(const AttentionParams& p, const ForwardMaps& maps,
+                                        const ForwardShared<Traits>& shared) {
+  using KVTile = typename Traits::KVTile;
+  uint32_t tiles = 0, landed_parity = 0;  // key tiles so far
+  const bool leader = elect_one();
+
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const ForwardPlan<Traits>& plan = shared.plan(n);
+    const int begin = uniform(plan.tiles.begin), end = uniform(plan.tiles.end);
+    if (plan.row0 < 0) {
+      if (leader) mbarrier_arrive(shared.q.full(n));
+      return;
+    }
+    if (leader) {
+      mbarrier_arrive_expect_bytes(shared.q.full(n), Traits::QTile::kBytes);
+      load_tile<typename Traits::QTile>(shared.q_tile(n), maps.q, shared.q.full(n), plan.sequence.first_q + plan.row0,
+                                        coordinate_of(p.q.head, plan.head), coordinate_of(p.q.batch, plan.batch));
+    }
+
+    const int kv_head = plan.head / (p.heads_q / p.heads_k);
+    const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t barrier, int j0) {
+      if (!leader) return;
+      mbarrier_arrive_expect_bytes(barrier, KVTile::kBytes);
+      load_tile<KVTile>(tile, map, barrier, plan.sequence.first_k + j0, coordinate_of(rows.head, kv_head),
+                        coordinate_of(rows.batch, plan.batch));
+    };
+    const auto load_bias = [&](int tile, uint32_t place) {
+      if (!Traits::kExtras || !maps.scores.copies_bias) return;
+      shared.scores.wait_empty(place);
+      if (!leader) return;
+      mbarrier_arrive_expect_bytes(shared.scores.full(place), Traits::ScoreTile::kBytes);
+      load_tile<typename Traits::ScoreTile>(shared.score_tile(place), maps.bias, shared.scores.full(place), plan.row0,
+                                            coordinate_of(p.bias.head, plan.head),
+                                            coordinate_of(p.bias.batch, plan.batch), tile * Traits::kKeys);
+    };
+    const auto load_k = [&](int tile, uint32_t place) {
+      shared.k.wait_empty(place);
+      load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
+    };
+    // Rows of other sequences or of padding must not reach P V: 0 * NaN. What lies past the tensor is zero already.
+    const auto load_v = [&](int tile) {
+      const int j0 = tile * Traits::kKeys;
+      const bool clean = j0 < plan.sequence.key_begin || j0 + Traits::kKeys > plan.zero_from;
+      shared.v.wait_empty(tiles);
+      load(shared.v_tile(tiles), maps.v, p.v, clean ? shared.landed : shared.v.full(tiles), j0);
+      if (clean) {
+        mbarrier_wait(shared.landed, landed_parity);
+        landed_parity ^= 1;
+        zero_rows_outside<KVTile>(shared.v_tile(tiles), plan.sequence.key_begin - j0, plan.sequence.key_end - j0);
+        fence_async_proxy();
+        __syncwarp();
+        if (leader) mbarrier_arrive(shared.v.full(tiles));
+      }
+      ++tiles;
+    };
+    load_k(end - 1, tiles);
+    load_bias(end - 1, tiles);
+    for (int tile = end - 1; tile > begin; --tile) {
+      load_k(tile - 1, tiles + 1);
+      load_v(tile);
+      load_bias(tile - 1, tiles);
+    }
+    load_v(begin);
+  }
+}
+
 // What one consumer warpgroup holds in registers, and the steps of the algorithm on it.
 template <class Traits>
 struct ForwardWarpgroup {
   using T = typename Traits::T;
-  using Drawn = std::conditional_t<Traits::kDraws, DrawnBits<Traits>, DrawnWords<Traits>>;
   static constexpr int kKeys = Traits::kKeys;
 
   const AttentionParams& p;
@@ -70,10 +181,10 @@ struct ForwardWarpgroup {
     wgmma_commit();
   }
 
-  // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout's bits arrive or are
-  // drawn. Returns whether out must be multiplied by `correction`.
+  // Raw scores of a tile become probabilities of the running maximum, summed up; meanwhile dropout draws. Returns
+  // whether out must be multiplied by `correction`.
   __device__ __forceinline__ bool exponentiate(const ForwardPlan<Traits>& plan, int tile, uint32_t place, bool boundary,
-                                               RowVector<16>& correction, Drawn& drawn) {
+                                               RowVector<16>& correction, DropoutTile<Traits>& kept) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if constexpr (Traits::kExtras) terms.apply(s, plan, place, row0, j0);
     if (boundary) hide_invisible<false>(s, p, plan.sequence, row0, j0);
@@ -81,17 +192,11 @@ struct ForwardWarpgroup {
     take_lane_max(top, s, 0, kKeys / 8);
     if constexpr (Traits::kExtras) terms.keep_lowest_visible(s, top);
     const bool moved = softmax.raise_max(top, factor, correction);
-    if constexpr (Traits::kDraws) {
-      shared.bits.wait_full(place);
-      drawn.load(shared, place);
-      __syncwarp();
-      shared.bits.release(place);
-      softmax.exponentiate(s, factor, 0, kKeys / 8);
-    } else if (drops()) {
+    if (drops()) {
       dropout.batch_head = plan.batch * p.heads_q + plan.head;
 #pragma unroll
-      for (int n = 0; n < Drawn::kDraws; ++n) {
-        drawn.draw(dropout, row0 / 16, j0 / 16, n);
+      for (int n = 0; n < DropoutTile<Traits>::kDraws; ++n) {
+        kept.draw(dropout, row0 / 16, j0 / 16, n);
         softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n);
       }
     } else {
@@ -110,16 +215,12 @@ struct ForwardWarpgroup {
     return plan.own[warpgroup].hides(tile * kKeys, (tile + 1) * kKeys);
   }
 
-  __device__ __forceinline__ bool drops() const { return Traits::kDropout && dropout.keep < 256; }
+  __device__ __forceinline__ bool drops() const { return Traits::kDropout && (!Traits::kExtras || dropout.keep < 256); }
 
   // Rounds the probabilities for P V; zeroes what dropout drops.
-  __device__ __forceinline__ void round_probabilities(const Drawn& drawn) {
+  __device__ __forceinline__ void round_probabilities(const DropoutTile<Traits>& kept) {
     to_operand<T>(probabilities, s, 0);
-    if constexpr (Traits::kDraws) {
-      drawn.apply(probabilities);
-    } else {
-      if (drops()) drawn.apply(dropout, probabilities);
-    }
+    if (drops()) kept.apply(dropout, probabilities);
   }
 
   // The first of this warp's 16 rows.
@@ -181,9 +282,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   shared.k.release(tiles);
   if (tile == plan->tiles.begin) shared.q.release(n);
   {
-    typename ForwardWarpgroup<Traits>::Drawn drawn;
-    state.exponentiate(*plan, tile, tiles, state.has_boundary(*plan, tile), correction, drawn);
-    state.round_probabilities(drawn);
+    DropoutTile<Traits> kept;
+    state.exponentiate(*plan, tile, tiles, state.has_boundary(*plan, tile), correction, kept);
+    state.round_probabilities(kept);
   }
 
   for (;; ++tiles) {
@@ -211,9 +312,8 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     wgmma_settle(state.s);
     shared.k.release(tiles + 1);
     if (last) shared.q.release(n);
-    // Not carried round the loop: it would hold its registers all the time.
-    typename ForwardWarpgroup<Traits>::Drawn drawn;
-    const bool moved = state.exponentiate(*plan, tile, tiles + 1, boundary, correction, drawn);
+    DropoutTile<Traits> kept;  // not carried round the loop: without dropout it would hold its registers all the time
+    const bool moved = state.exponentiate(*plan, tile, tiles + 1, boundary, correction, kept);
     wgmma_wait<0>();
     wgmma_settle(state.out);
     shared.v.release(tiles);
@@ -223,7 +323,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     } else if (moved) {
       OnlineSoftmax<16>::rescale(state.out, correction);
     }
-    state.round_probabilities(drawn);
+    state.round_probabilities(kept);
   }
 
   shared.v.wait_full(tiles);
@@ -247,7 +347,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();
-    run_producers(p, maps, schedule, shared);
+    const int warp = uniform(threadIdx.x / 32 % 4);
+    if (warp == 0) produce(p, maps, shared);
+    if (warp == 1) make_plans(p, schedule, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume(p, maps, shared, warpgroup);
@@ -272,7 +374,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (has_small_tiles(HEAD_DIM, EXTRAS)) {
+  if constexpr (has_small_tiles(HEAD_DIM, DROPOUT, EXTRAS)) {
     if (prefers_small_tiles(p)) return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
   }
   launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);

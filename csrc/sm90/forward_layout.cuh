@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "attention/dropout_fragment.cuh"
 #include "attention/schedule.cuh"
 #include "attention/tile_range.cuh"
 #include "sm90/config.h"
@@ -25,10 +26,8 @@ struct ForwardTraits {
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kKeys = kConfig.keys;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // Dropout without extras: the producer's idle warps draw (forward_dropout.cuh).
-  static constexpr bool kDraws = DROPOUT && !EXTRAS;
-  static constexpr int kProducerRegisters = producer_registers(kWarpgroups, kDraws);
-  static constexpr int kConsumerRegisters = consumer_registers(kWarpgroups, kDraws);
+  static constexpr int kProducerRegisters = producer_registers(kWarpgroups);
+  static constexpr int kConsumerRegisters = consumer_registers(kWarpgroups);
   static_assert(!DROPOUT || kKeys % 32 == 0 || HEAD_DIM > 128);
   using QTile = SwizzledTile<kRows, HEAD_DIM>;
   using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
@@ -42,23 +41,11 @@ struct ForwardTraits {
   // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
   static constexpr int kPlans = 4;
 
-  // One word for 64 keys of a consumer lane. Four tiles ahead: the drawing warps go on while the consumers wait for
-  // keys or store. Each warp has another of the four schedulers, which issues for the consumers too: with three
-  // warpgroups the planning warp draws as well, or two schedulers would have more to issue than a tile takes.
-  static constexpr int kDrawers = kWarpgroups > 2 ? 3 : 2, kBitStages = 4;
-  static constexpr int kBitWords = (kKeys + 63) / 64, kBitWordBytes = 4 * 32;
-  static constexpr int kBitTileBytes = kRows / 16 * kBitWords * kBitWordBytes;
-  using BitRing = Ring<kBitStages>;
-  // A drawing warp may lag by a plan: consumers release a plan's Q before they ask for the bits of its last tile. With
-  // as few barriers as Q has, one could end its next phase before such a warp has looked at this one.
-  using PlanRing = Ring<kDraws ? kPlans : kConfig.q_stages>;
-
-  // Shared memory: Q, K, V, bias, dropout's bits, plans, barriers.
+  // Shared memory: Q, K, V, bias, plans, barriers.
   static constexpr int kK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kV = kK + kConfig.stages * KVTile::kBytes;
   static constexpr int kScores = kV + kConfig.stages * KVTile::kBytes;
-  static constexpr int kBits = kScores + kScoreBytes;
-  static constexpr int kPlan = kBits + (kDraws ? kBitStages * kBitTileBytes : 0);
+  static constexpr int kPlan = kScores + kScoreBytes;
 };
 
 // A piece of work: one tile of query rows of one head.
@@ -99,30 +86,26 @@ struct ForwardPlan {
 template <class Traits>
 struct ForwardShared {
   static constexpr int kBarriers = (Traits::kPlan + Traits::kPlans * sizeof(ForwardPlan<Traits>) + 7) / 8 * 8;
-  static constexpr int kBytes = kBarriers + Traits::QRing::kBytes + Traits::PlanRing::kBytes +
-                                2 * Traits::KVRing::kBytes + Traits::ScoreRing::kBytes + 8 +
-                                (Traits::kDraws ? Traits::BitRing::kBytes : 0);
+  static constexpr int kBytes =
+      kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + Traits::ScoreRing::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
-  typename Traits::QRing q;
-  typename Traits::PlanRing planned;  // only the full barriers are used: a plan is free when Q is
+  typename Traits::QRing q, planned;  // of planned only the full barriers are used: a plan is free when Q is
   typename Traits::KVRing k, v;
   typename Traits::ScoreRing scores;
   uint32_t landed;  // barrier of V tiles that the producer must clean before anybody reads them
-  typename Traits::BitRing bits;
 
   __device__ explicit ForwardShared(char* memory)
       : memory(memory),
         base(shared_address(memory)),
         q(base + kBarriers),
         planned(q.barriers + Traits::QRing::kBytes),
-        k(planned.barriers + Traits::PlanRing::kBytes),
+        k(planned.barriers + Traits::QRing::kBytes),
         v(k.barriers + Traits::KVRing::kBytes),
         scores(v.barriers + Traits::KVRing::kBytes),
-        landed(scores.barriers + Traits::ScoreRing::kBytes),
-        bits(landed + 8) {}
+        landed(scores.barriers + Traits::ScoreRing::kBytes) {}
 
   __device__ void init() const {
     q.init(4 * Traits::kWarpgroups);
@@ -131,7 +114,6 @@ struct ForwardShared {
     v.init(4 * Traits::kWarpgroups);
     scores.init(4 * Traits::kWarpgroups);
     mbarrier_init(landed, 1);
-    if (Traits::kDraws) bits.init(4 * Traits::kWarpgroups, Traits::kDrawers);
   }
   // Of the work that is the work-th of this CTA.
   __device__ ForwardPlan<Traits>& plan(uint32_t work) const {
@@ -149,10 +131,42 @@ struct ForwardShared {
   __device__ uint32_t score_tile(uint32_t place) const {
     return base + Traits::kScores + Traits::ScoreRing::stage(place) * Traits::ScoreTile::kBytes;
   }
-  // 32 words, one for each lane of the consumer warp that has the 16 rows.
-  __device__ uint32_t bits_word(uint32_t place, int row_block, int word) const {
-    return base + Traits::kBits + Traits::BitRing::stage(place) * Traits::kBitTileBytes +
-           (row_block * Traits::kBitWords + word) * Traits::kBitWordBytes;
+};
+
+// What dropout keeps of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
+// the extras, to save registers, as the words that the masks are made from.
+template <class Traits>
+struct DropoutTile {
+  static constexpr int kBlocks = Traits::kKeys / 16, kDraws = (kBlocks + 1) / 2;
+  static constexpr bool kMasks = !Traits::kExtras;
+  uint32_t mask[Traits::kDropout && kMasks ? 2 * kDraws : 1][4];
+  DropoutWords words[Traits::kDropout && !kMasks ? kDraws : 1];
+
+  // The draw that serves keys 32 n .. 32 n + 31 of the tile.
+  __device__ __forceinline__ void draw(const FragmentDropout<false>& dropout, int i_block, int j_block, int n) {
+    const DropoutWords drawn = dropout.draw(i_block, j_block + 2 * n, i_block, j_block + 2 * n + 1);
+    if constexpr (kMasks) {
+      dropout.masks(mask[2 * n], drawn, 0);
+      dropout.masks(mask[2 * n + 1], drawn, 1);
+    } else {
+      words[n] = drawn;
+    }
+  }
+  __device__ __forceinline__ void apply(const FragmentDropout<false>& dropout,
+                                        OperandA<16, Traits::kKeys>& probabilities) const {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t made[4];
+      if constexpr (!kMasks) dropout.masks(made, words[block / 2], block % 2);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        if constexpr (kMasks) {
+          probabilities.x[0][block][x] &= mask[block][x];
+        } else {
+          probabilities.x[0][block][x] &= made[x];
+        }
+      }
+    }
   }
 };
 

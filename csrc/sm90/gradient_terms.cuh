@@ -1,11 +1,10 @@
 // The terms that most calls do without, in Hopper's backward: softcap, ALiBi, bias, bool mask. A bias that the TMA
 // engine can read comes to the place where dS of the same tile will lie: each warp takes its keys' elements out as
-// fragments and later writes dS over them. Anything else is read element by element, in heads that leave registers.
+// fragments and later writes dS over them. Anything else is read element by element.
 #pragma once
 
 #include "attention/score_gradient.cuh"
 #include "sm90/backward_layout.cuh"
-#include "sm90/instances.h"
 
 namespace hf_flash::sm90 {
 
@@ -13,7 +12,6 @@ template <class Traits>
 struct GradientTerms {
   using T = typename Traits::T;
   static constexpr int kQueries = Traits::kQueries;
-  static constexpr bool kByElement = extras_by_element(Traits::kHeadDim);
   using Scores = Accumulator<16, kQueries>;
 
   const AttentionParams& p;
@@ -41,7 +39,7 @@ struct GradientTerms {
       shared.bias.wait_full(step);
       add_bias(s, scale, place);
       if (at.lowest) keep_lowest_visible(s);
-    } else if (kByElement && constants.reads_scores) {
+    } else if (constants.reads_scores) {
       scale *= kLog2E;
       s.for_each([&](float& x, int, int) { x *= scale; });
       ScoreExtras<T, true> elements(p, plan.batch, at.head);
@@ -53,10 +51,8 @@ struct GradientTerms {
   // The gradient of the scores: to the gradient of a bias that broadcasts nowhere, then back through the softcap.
   __device__ __forceinline__ void finish(Scores& ds, const BackwardPlan& plan, const BackwardStep& at, uint32_t place,
                                          int key0) const {
-    if constexpr (kByElement) {
-      const BiasGradient bias(p, plan.batch, at.head);
-      if (bias.data != nullptr) bias.store(ds, plan.sequence, at.i0, key0);
-    }
+    const BiasGradient bias(p, plan.batch, at.head);
+    if (bias.data != nullptr) bias.store(ds, plan.sequence, at.i0, key0);
     if (constants.cap != 0) multiply_by_slopes(ds, place);
   }
 

@@ -27,9 +27,6 @@ struct Ring {
     }
   }
   __device__ __forceinline__ void wait_empty(uint32_t place) const { mbarrier_wait(empty(place), parity(place) ^ 1); }
-  __device__ __forceinline__ bool is_empty(uint32_t place) const {
-    return mbarrier_test(empty(place), parity(place) ^ 1);
-  }
   __device__ __forceinline__ void wait_full(uint32_t place) const { mbarrier_wait(full(place), parity(place)); }
   // A warp says that it has done its part of filling a stage.
   __device__ __forceinline__ void release_full(uint32_t place) const {

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Kernels that may spill, by a part of their mangled name, each with its reason. Head dimensions over 128 only.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "sm9014forward_kernelINS0_13ForwardTraitsI6__halfLi256ELb1ELb0E": "O of D 256 takes 128 of 240 registers, beside "
+    "dropout's masks: 4 bytes are stored and 16 loaded",
+    "sm9014forward_kernelINS0_13ForwardTraitsI13__nv_bfloat16Li256ELb1ELb0E": "as with float16",
+}
 
 # What each rule of setup.py compiles for; PTX for newer GPUs comes from the mma.sync kernels' compute_80.
 TARGETS = {"nvcc": {"sm_80", "sm_90"}, "nvcc_sm90": {"sm_90a"}}
