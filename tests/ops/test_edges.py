@@ -84,6 +84,16 @@ def test_empty_sequences(device, dtype, lengths_q, lengths_k):
     check(q, k, v, small=True, causal=True, **options)
 
 
+def test_no_queries_or_keys_in_any_layout(device, dtype):
+    """An empty tensor counts as contiguous whatever its strides are."""
+    bounds, none = int32([0, 5], device), int32([0, 0], device)
+    full = torch.randn(5, 2, 16, device=device).to(dtype)
+    empty = torch.empty(0, 16, 2, device=device, dtype=dtype).transpose(1, 2)
+    lengths = {"max_seqlen_q": 5, "max_seqlen_k": 5}
+    check(full, empty, empty, cu_seqlens_q=bounds, cu_seqlens_k=none, small=True, **lengths)
+    check(empty, full, full, cu_seqlens_q=none, cu_seqlens_k=bounds, small=True, **lengths)
+
+
 def test_a_packed_batch_of_no_sequences():
     bounds = int32([0], "cpu")
     q = torch.randn(5, 2, 16, requires_grad=True)
