@@ -64,8 +64,7 @@ def _served(feature: str, device: str, dtype: torch.dtype) -> str | support.Unsu
         q, k = q[0], k[0]
         bounds = torch.tensor([0, 7, 16], dtype=torch.int32, device=device)
         keywords = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 9, "max_seqlen_k": 9}
-    extras = not keywords.keys().isdisjoint(("softcap", "alibi_slopes", "mask", "bias"))
-    return support.unsupported(q, k, k, **keywords) or support.kernel_name(q.device, head_dim, extras)
+    return support.unsupported(q, k, k, **keywords) or support.kernel_name(q.device, head_dim)
 
 
 def doctor() -> int:

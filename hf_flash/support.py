@@ -77,12 +77,11 @@ def gpu_reason(device_index: int | None) -> tuple[str, str] | None:
     return None
 
 
-def kernel_name(device: torch.device, head_dim: int = 64, extras: bool = False) -> str:
+def kernel_name(device: torch.device, head_dim: int = 64) -> str:
     """Which of csrc's folders serves such calls, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
 
     "sm90/sm80" where the backward has another than the forward; "none" where HF_FLASH_ARCH forces kernels that the
-    device cannot run, and calls raise. extras: softcap, ALiBi, bias or mask. Packed batches with a head dimension over
-    64, which "sm80" serves everywhere, are not asked about here.
+    device cannot run, and calls raise.
     """
     if device.type != "cuda":
         return "cpu"
@@ -90,12 +89,12 @@ def kernel_name(device: torch.device, head_dim: int = 64, extras: bool = False) 
     chosen = os.environ.get("HF_FLASH_ARCH") or own[-1]
     if chosen not in own:
         return "none"
-    return "sm90/sm80" if chosen == "sm90" and not _hopper_backward(head_dim, extras) else chosen
+    return "sm90/sm80" if chosen == "sm90" and not _hopper_backward(head_dim) else chosen
 
 
-def _hopper_backward(head_dim: int, extras: bool) -> bool:
+def _hopper_backward(head_dim: int) -> bool:
     """Whether ``csrc/sm90`` has a backward for this head dimension; backward_head_dim() of its instances.h."""
-    return head_dim <= (64 if extras else 128)
+    return head_dim <= 128
 
 
 def _rows(q, k, v, packed: bool) -> Unsupported | None:

@@ -3,8 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "params.h"
-#include "sm90/tensor_map.h"
 
 namespace hf_flash::sm90 {
 
@@ -17,6 +18,13 @@ constexpr int backward_head_dim(int needed) { return needed <= 64 ? 64 : (needed
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
+
+// Can the TMA engine bring tiles of the bias? Of the inputs' dtype, aligned, with rows and columns of its own.
+inline bool tma_reads_bias(const AttentionParams& p) {
+  const Scores& b = p.bias;
+  const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
+  return b.data != nullptr && b.dtype == p.dtype && aligned && b.col == 1 && (b.row > 0 || p.seqlen_q == 1);
+}
 
 // Of the biases whose gradients are sums those with rows and columns of their own that the TMA engine can read, no mask
 // beside them; the mma.sync kernel serves the others.

@@ -4,6 +4,7 @@
 #include "attention/score.cuh"
 #include "instructions/shared_memory.cuh"
 #include "params.h"
+#include "sm90/instances.h"
 #include "sm90/tensor_map.h"
 #include "tile/swizzled_tile.cuh"
 

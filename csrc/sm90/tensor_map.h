@@ -13,13 +13,6 @@ namespace hf_flash::sm90 {
 // size 1 in the map: its coordinate must be 0 (coordinate_of).
 CUtensorMap tensor_map(const Rows& x, DType dtype, int batch, int64_t rows, int heads, int dim, int box_rows);
 
-// Can the TMA engine bring tiles of the bias? Of the inputs' dtype, aligned, with rows and columns of its own.
-inline bool tma_reads_bias(const AttentionParams& p) {
-  const Scores& b = p.bias;
-  const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
-  return b.data != nullptr && b.dtype == p.dtype && aligned && b.col == 1 && (b.row > 0 || p.seqlen_q == 1);
-}
-
 #ifdef __CUDACC__
 // Coordinate of head or batch `index` in a dimension with this stride.
 __device__ __forceinline__ int coordinate_of(int64_t stride, int index) { return stride == 0 ? 0 : index; }

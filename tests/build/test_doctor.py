@@ -21,8 +21,7 @@ BACKWARD_HEAD_DIMS = """#include "sm90/instances.h"
 #include <cstdio>
 int main() {
   for (int needed = 8; needed <= 256; needed += 8)
-    for (int extras = 0; extras < 2; ++extras)
-      std::printf("%d %d %d\\n", needed, extras, hf_flash::sm90::backward_head_dim(needed, extras));
+    std::printf("%d %d\\n", needed, hf_flash::sm90::backward_head_dim(needed));
 }
 """
 
@@ -78,15 +77,15 @@ def test_doctor_asks_the_code(call, monkeypatch):
     assert "  SOFTCAP: this machine lost its tanh" in text
 
 
-@pytest.mark.parametrize("head_dim, extras", [(64, False), (64, True), (96, False), (128, True), (136, False)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 136])
 @pytest.mark.parametrize("capability, forced", [((8, 0), ""), ((9, 0), ""), ((9, 0), "sm80"), ((12, 0), "")])
-def test_kernels_are_named_as_dispatch_chooses(monkeypatch, capability, forced, head_dim, extras):
+def test_kernels_are_named_as_dispatch_chooses(monkeypatch, capability, forced, head_dim):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setenv("HF_FLASH_ARCH", forced)
-    hopper = "sm90" if head_dim <= (64 if extras else 128) else "sm90/sm80"
+    hopper = "sm90" if head_dim <= 128 else "sm90/sm80"
     want = hopper if capability == (9, 0) and not forced else "sm80"
-    assert support.kernel_name(torch.device("cuda", 0), head_dim, extras) == want
-    assert support.kernel_name(torch.device("cpu"), head_dim, extras) == "cpu"
+    assert support.kernel_name(torch.device("cuda", 0), head_dim) == want
+    assert support.kernel_name(torch.device("cpu"), head_dim) == "cpu"
 
 
 def test_kernels_forced_on_a_gpu_that_cannot_run_them(monkeypatch):
@@ -125,21 +124,16 @@ def test_hopper_backward_is_what_the_kernels_say(tmp_path):
     )
     served = {}
     for line in subprocess.run([tmp_path / "a"], capture_output=True, text=True, check=True).stdout.splitlines():
-        needed, extras, bucket = map(int, line.split())
-        served[needed, extras] = bucket
-        assert support._hopper_backward(needed, bool(extras)) == (bucket > 0), line
-    assert len(served) == 64
+        needed, bucket = map(int, line.split())
+        served[needed] = bucket
+        assert support._hopper_backward(needed) == (bucket > 0), line
+    assert len(served) == 32
     sys.path.insert(0, str(CSRC))
     instances = importlib.import_module("instances")
     sys.path.remove(str(CSRC))
-    for extras in (0, 1):
-        compiled = {
-            d
-            for d in instances.HEAD_DIMS
-            for v in instances._variants("sm90", "backward", d)
-            if instances.VARIANTS[v][1] == bool(extras)
-        }
-        assert compiled == {bucket for (_, e), bucket in served.items() if e == extras and bucket}
+    for variant in instances.VARIANTS:
+        compiled = {d for d in instances.HEAD_DIMS if variant in instances._variants("sm90", "backward", d)}
+        assert compiled == set(served.values()) - {0}
 
 
 def test_a_driver_too_old_for_the_build(monkeypatch):
