@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -94,7 +95,15 @@ def main() -> None:
         parser.error("--rounds must be at least 1")
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
-    rows = [{"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "hf_flash": hf_flash.__version__}]
+    command = "python " + " ".join(sys.argv)
+    rows = [
+        {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "hf_flash": hf_flash.__version__,
+            "command": command,
+        }
+    ]
     print(f"{'model':10} {'B':>3} {'S':>6} padded  " + "".join(f"{name:>24}" for name in ATTENTIONS))
     options.output.mkdir(parents=True, exist_ok=True)
     for cell in CELLS:

@@ -84,7 +84,7 @@ void with_instance(const AttentionParams& p, const Run& run) {
   }
 }
 
-// What can be run on an instance: sm80's pair of passes and Hopper's forward.
+// What can be run on an instance: both folders' passes.
 struct Sm80Forward {
   const AttentionParams& p;
   cudaStream_t stream;
@@ -111,8 +111,8 @@ struct Sm90Backward {
   static constexpr bool has_variants(int) { return true; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
-    if constexpr (sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM)
-      sm90::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
+    sm90::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
   }
 };
 

@@ -74,12 +74,6 @@ struct ScoreExtras {
     return !TRANSPOSED && s.col == 1 && s.row % 2 == 0 && reinterpret_cast<uintptr_t>(first) % bytes == 0;
   }
 
-  // scale * q.k after the softcap, natural units.
-  __device__ __forceinline__ float capped(float raw) const {
-    const float scale = p.scale, cap = p.softcap;
-    return cap == 0 ? raw * scale : cap * tanh_fast(raw * scale / cap);
-  }
-
   // Raw products to scores in log2 units, the softcap included: first step of apply().
   template <int ROWS, int COLS>
   __device__ __forceinline__ void scale_and_cap(Accumulator<ROWS, COLS>& s) const {

@@ -286,9 +286,10 @@ void run_backward(const AttentionParams& p, cudaStream_t stream) {
     const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
     int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
     // Who waits for turns needs the others to be there. Where all key tiles of a head see the same queries, all of them
-    // start in the same round, each at a query tile of its own.
+    // start in the same round, each at a query tile of its own; not if that left more than a third of the SMs idle.
     const bool deterministic = accumulator.turns != nullptr;
-    const bool rotates = deterministic && p.window_left < 0 && p.window_right < 0 && schedule.tiles <= ctas;
+    const bool rotates = deterministic && p.window_left < 0 && p.window_right < 0 && schedule.tiles <= ctas &&
+                         3 * (ctas % schedule.tiles) <= ctas;
     if (rotates) ctas -= ctas % schedule.tiles;
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;

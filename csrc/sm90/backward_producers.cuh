@@ -1,5 +1,5 @@
-// The backward's producer warps: one plans, one copies tiles by TMA, one brings lse and row sums. They run ahead of the
-// consumers as far as the rings allow.
+// The backward's producer warps: one plans, one copies tiles by TMA, one brings lse and row sums, all ahead of the
+// consumers as far as the rings allow; a fourth, behind them, adds dQ.
 #pragma once
 
 #include "attention/score_gradient.cuh"

@@ -1,5 +1,4 @@
-// Rings of stages in shared memory between one producer warp, which fills them by TMA, and consumer warps, which empty
-// them.
+// Rings of stages in shared memory between warps that fill them, most by TMA, and warps that empty them.
 #pragma once
 
 #include "instructions/mbarrier.cuh"

@@ -29,7 +29,7 @@ Encode encoder() {
 }  // namespace
 
 CUtensorMap tensor_map(const Rows& x, DType dtype, int batch, int64_t rows, int heads, int dim, int box_rows) {
-  if (batch == 0 || rows == 0) return CUtensorMap{};  // no tile is ever copied, and the strides may be any
+  if (batch == 0 || rows == 0 || dim == 0) return CUtensorMap{};  // no tile is ever copied, and the strides may be any
   const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t counts[3] = {rows, heads, batch}, steps[3] = {x.row, x.head, x.batch};
   cuuint64_t sizes[4] = {static_cast<cuuint64_t>(dim), 1, 1, 1}, strides[3];

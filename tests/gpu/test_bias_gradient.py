@@ -1,7 +1,7 @@
 """The gradient of a bias that broadcasts over batch or heads, on the kernels of every architecture.
 
 Hopper's own kernel serves a bias whose rows TMA can read: of the inputs' dtype, each row at a multiple of 16 bytes, no
-mask beside it. The others stay with the mma.sync kernel, so each case here stands beside one that does.
+mask beside it. The others stay with the mma.sync kernel: cases of strides, dtype and mask stand beside ones that do.
 """
 
 import math
@@ -112,6 +112,7 @@ def test_packed_batches(dtype, head_dim):
 
 @pytest.mark.parametrize("value", [torch.finfo(torch.bfloat16).min, -math.inf])
 def test_rows_of_the_lowest_biases(value):
+    """Finite, and 0 where better keys are; rows of the lowest alone are not exact here (DESIGN.md, section 4)."""
     q, k, v = make_qkv("cuda", torch.bfloat16, 2, 140, 144, head_dim=64)
     bias = bias_of(torch.bfloat16, 1, 2, 140, 144)
     bias[:, :, 5:9] = value

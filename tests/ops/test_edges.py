@@ -91,6 +91,18 @@ def test_no_queries_or_keys_in_any_layout(device, dtype):
     empty = torch.empty(0, 16, 2, device=device, dtype=dtype).transpose(1, 2)
     lengths = {"max_seqlen_q": 5, "max_seqlen_k": 5}
     check(full, empty, empty, cu_seqlens_q=bounds, cu_seqlens_k=none, small=True, **lengths)
+    bias = torch.randn(1, 2, 8, 8, device=device).to(dtype)
+    check(
+        full,
+        empty,
+        empty,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=none,
+        small=True,
+        bias=bias,
+        max_seqlen_q=8,
+        max_seqlen_k=8,
+    )
     check(empty, full, full, cu_seqlens_q=none, cu_seqlens_k=bounds, small=True, **lengths)
 
 
