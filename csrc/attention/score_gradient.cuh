@@ -128,7 +128,7 @@ struct ScoreGradient {
         const float row_delta = e % 2 ? delta.y : delta.x;
         if constexpr (DROPOUT) {
           const float lost = fabsf(probability) * row_delta;
-          probability = fmaxf(probability, 0.0f);
+          probability = max_or_nan(probability, 0.0f);
           gradient = probability * gradient - lost;
         } else {
           gradient = probability * (gradient - row_delta);

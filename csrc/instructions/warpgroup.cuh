@@ -5,6 +5,7 @@
 
 namespace hf_flash {
 
+constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
 
 // All warps of a warpgroup: from now on at most (at least) so many registers a thread, a multiple of 8.

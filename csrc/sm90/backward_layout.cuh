@@ -175,11 +175,11 @@ struct BackwardShared {
         landed(bias.barriers + Scores::kBytes) {}
 
   __device__ void init() const {
-    planned.init(1);
+    planned.init(1, kWarpThreads);  // each lane has written a part of the plan
     k.init(Traits::kWarps);
     v.init(Traits::kWarps);
     dq.init(1, Traits::kWarps);
-    steps.init(Traits::kWarps, 2);  // filled by the copying warp and by the one that brings the row values
+    steps.init(Traits::kWarps, 1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
     ds.init(Traits::kWarps, Traits::kWarps);
     bias.init(1);
     mbarrier_init(landed, 1);

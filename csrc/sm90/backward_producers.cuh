@@ -41,7 +41,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
       __syncwarp();
       continue;
     }
-    if (elect_one()) mbarrier_arrive(shared.planned.full(n));
+    mbarrier_arrive(shared.planned.full(n));
     if (last) return;
     ++n;
   }
@@ -141,11 +141,11 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
     const BackwardPlan& plan = shared.plan(n);
     if (plan.j0 < 0) {
       shared.steps.wait_empty(step);
-      if (elect_one()) {
+      if (threadIdx.x % 32 == 0) {
         shared.step(step).plan = -1;
-        mbarrier_arrive(shared.steps.full(step));  // twice: nobody copies tiles for it
-        mbarrier_arrive(shared.steps.full(step));
+        mbarrier_arrive(shared.steps.full(step));  // for the copying warp, which has no tiles for it
       }
+      mbarrier_arrive(shared.steps.full(step));
       return;
     }
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       }
       if (threadIdx.x % 32 == 0) shared.step(step) = {static_cast<int>(n), head, i0, walk.last(), lowest, slope};
       __syncwarp();
-      if (elect_one()) mbarrier_arrive(shared.steps.full(step));
+      mbarrier_arrive(shared.steps.full(step));
     }
   }
 }

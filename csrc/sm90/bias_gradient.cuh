@@ -133,7 +133,7 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
         to[BiasConfig::kQueries + 32 * r] = row_sums[r] * factor;
       }
       __syncwarp();
-      shared.values.release_full(task++);
+      mbarrier_arrive(shared.values.full(task++));
     }
     __syncwarp();
     shared.steps.release(n);

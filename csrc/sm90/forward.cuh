@@ -53,7 +53,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
       __syncwarp();
       continue;
     }
-    if (elect_one()) mbarrier_arrive(shared.planned.full(n));
+    mbarrier_arrive(shared.planned.full(n));
     if (last) return;
     ++n;
   }

@@ -109,7 +109,7 @@ struct ForwardShared {
 
   __device__ void init() const {
     q.init(4 * Traits::kWarpgroups);
-    planned.init(1);
+    planned.init(1, kWarpThreads);  // each lane has written a part of the plan
     k.init(4 * Traits::kWarpgroups);
     v.init(4 * Traits::kWarpgroups);
     scores.init(4 * Traits::kWarpgroups);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "instructions/mbarrier.cuh"
+#include "instructions/warpgroup.cuh"
 
 namespace hf_flash::sm90 {
 
