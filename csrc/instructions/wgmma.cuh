@@ -1,6 +1,6 @@
 // wgmma: D (64 x N, float32) = A (64 x 16) B (16 x N) + D, asynchronously, by a warpgroup. Warp w of it holds rows 16 w
 // .. 16 w + 15 of D and of an A in registers, in the layouts of mma.m16n8k16 (mma.cuh). A and B in shared memory are
-// named by descriptors (tile/swizzled_tile.cuh).
+// named by the lower words of descriptors (tile/swizzled_tile.cuh).
 #pragma once
 
 #include <type_traits>
@@ -94,27 +94,31 @@ __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(
       HF_FLASH_C8(56), HF_FLASH_C8(64), HF_FLASH_C8(72), HF_FLASH_C8(80), HF_FLASH_C8(88), HF_FLASH_C8(96),            \
       HF_FLASH_C8(104), HF_FLASH_C8(112), HF_FLASH_C8(120)
 
+// A descriptor's upper word: 128-byte swizzle, 1024 bytes between groups of eight rows. Only the lower one is computed
+// with: as 64-bit numbers descriptors took half of the backward's instructions.
+#define HF_FLASH_DESCRIPTOR(name, lower) "mov.b64 " name ", {%" #lower ", 0x40000040};\n"
+
 // x, y, ...: the numbers of the operands after the accumulators.
-#define HF_FLASH_WGMMA_SS(N, TYPE, x, y, z, ta, tb)                                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #z                                                 \
-               ", 0;\n"                                                                                \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N \
-               "}, %" #x ", %" #y ", p, 1, 1, %" #ta ", %" #tb ";\n}"                                  \
-               : HF_FLASH_CONSTRAINTS_##N                                                              \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSED_A), "n"(TRANSPOSED_B))
+#define HF_FLASH_WGMMA_SS(N, TYPE, x, y, z, ta, tb)                                                                \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #z                                            \
+               ", 0;\n" HF_FLASH_DESCRIPTOR("a", x) HF_FLASH_DESCRIPTOR("b", y)                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N             \
+               "}, a, b, p, 1, 1, %" #ta ", %" #tb ";\n}"                                                          \
+               : HF_FLASH_CONSTRAINTS_##N                                                                          \
+               : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSED_A), "n"(TRANSPOSED_B))
 #define HF_FLASH_WGMMA_RS(N, TYPE, x0, x1, x2, x3, y, z, tb)                                            \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #z                                                  \
-               ", 0;\n"                                                                                 \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #z                                   \
+               ", 0;\n" HF_FLASH_DESCRIPTOR("b", y)                                                     \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N  \
-               "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, %" #y ", p, 1, 1, %" #tb ";\n}"            \
+               "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, b, p, 1, 1, %" #tb ";\n}"                  \
                : HF_FLASH_CONSTRAINTS_##N                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(accumulate)), \
                  "n"(TRANSPOSED_B))
 
 // A and B in shared memory. TRANSPOSED: the operand's rows (A's 64, B's N) are contiguous, not its depth. accumulate =
 // false ignores D's old value.
 template <class T, int N, int TRANSPOSED_A, int TRANSPOSED_B>
-__device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint32_t a, uint32_t b, bool accumulate) {
   if constexpr (N == 32) {
     if constexpr (std::is_same_v<T, Half>)
       HF_FLASH_WGMMA_SS(32, "f16", 16, 17, 18, 19, 20);
@@ -177,7 +181,7 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
 
 // A in registers. They may be written again only after wgmma_wait.
 template <class T, int N, int TRANSPOSED_B>
-__device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint32_t b, bool accumulate) {
   if constexpr (N == 32) {
     if constexpr (std::is_same_v<T, Half>)
       HF_FLASH_WGMMA_RS(32, "f16", 16, 17, 18, 19, 20, 21, 22);
@@ -240,5 +244,6 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
 
 #undef HF_FLASH_WGMMA_SS
 #undef HF_FLASH_WGMMA_RS
+#undef HF_FLASH_DESCRIPTOR
 
 }  // namespace hf_flash

@@ -40,6 +40,14 @@ struct BackwardWarpgroup {
     dv.clear();
   }
 
+  // Turns at the tensor cores.
+  __device__ __forceinline__ void wait_for_turn() const {
+    if (Traits::kTurns) named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if (Traits::kTurns) named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads);
+  }
+
   // n: place of the piece of work; step: place of the step. V has one place alone.
   __device__ __forceinline__ void start_scores(uint32_t n, uint32_t step) {
     wgmma_fence();
@@ -65,9 +73,9 @@ struct BackwardWarpgroup {
     using ByKey = typename Traits::ScoreColumns;
     constexpr int kOwn = Traits::kSplitColumns ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
     const uint32_t own = shared.ds_tile(step) + warpgroup * kOwn;
-    const uint64_t a = Traits::kExtras ? ByQuery::descriptor(own) : ByKey::descriptor(own);
+    const uint32_t a = Traits::kExtras ? ByQuery::descriptor(own) : ByKey::descriptor(own);
     constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
-    const uint64_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
+    const uint32_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
@@ -83,33 +91,37 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
     return plan.j0 + 64 * warpgroup + 16 * warp;  // of this warp
   }
-  __device__ __forceinline__ bool has_boundary(const BackwardPlan& plan, int i0) const {
-    return i0 < plan.all[warpgroup].begin || i0 + kQueries > plan.all[warpgroup].end;
+
+  // Does something have to be hidden from some of this warpgroup's keys?
+  __device__ __forceinline__ bool has_boundary(uint32_t n, uint32_t step) const {
+    const KeyRange& all = shared.plan(n).all[warpgroup];
+    const int i0 = shared.step(step).i0;
+    return i0 < all.begin || i0 + kQueries > all.end;
   }
 
-  // S and dP of a step, both under way and S first, become P and dS.
-  __device__ __forceinline__ void differentiate(uint32_t step) {
+  // S and dP of a step, both under way and S first, become P and dS. n: its piece of work's place.
+  __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
     const BackwardStep& at = shared.step(step);
-    const BackwardPlan& plan = shared.plan(at.plan);
+    const BackwardPlan& plan = shared.plan(n);
     const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
     const int key0 = first_key(plan);
     const float* lse = shared.row_values(step) + lane_col();
     wgmma_wait<1>();
     wgmma_settle(s);
     if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), key0);
-    if (has_boundary(plan, at.i0)) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
+    if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
     gradient.exponentiate(s, lse, terms.constants.factor, at.i0, key0);
     wgmma_wait<0>();
     wgmma_settle(dp);
     gradient.differentiate(s, dp, lse + kQueries);
     if constexpr (Traits::kExtras) terms.finish(dp, plan, at, ds_place(step), key0);
-    if (at.last) shared.v.release(at.plan);
+    if (at.last) shared.v.release(n);
     to_operand<T>(probabilities, s, 0);
     to_operand<T>(ds, dp, 0);
   }
 
-  // dS to shared memory, where both warpgroups read it for dQ.
-  __device__ __forceinline__ void share_ds(uint32_t step) const {
+  // dS to shared memory, where both warpgroups read it for dQ once publish_ds() says that it is there.
+  __device__ __forceinline__ void lay_out_ds(uint32_t step) const {
     shared.ds.wait_empty(step);
     if constexpr (Traits::kExtras) {
       const uint32_t place = ds_place(step);
@@ -122,14 +134,16 @@ struct BackwardWarpgroup {
       for (int k = 0; k < kQueries / 16; ++k)
         stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), ds.x[0][k]);
     }
+  }
+  __device__ __forceinline__ void publish_ds(uint32_t step) const {
     fence_async_proxy();
     __syncwarp();
     shared.ds.release_full(step);
   }
 
-  // Lays dq of a step out as the accumulator has it; a warp of the producers adds it. This warpgroup has blocks of 16
-  // rows with all columns, or half of the columns of each.
-  __device__ __forceinline__ void hand_over_dq(uint32_t step) const {
+  // Lays dq of a step out as the accumulator has it; after publish_dq() a warp of the producers adds it. This warpgroup
+  // has blocks of 16 rows with all columns, or half of the columns of each.
+  __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
     const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
     const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
@@ -143,9 +157,11 @@ struct BackwardWarpgroup {
           rows + 4 * DqAccumulator::element(n, 0, 0),
           uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
+  }
+  __device__ __forceinline__ void publish_dq(uint32_t step) const {
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.dq.full(step));
+    shared.dq.release_full(step);
   }
 
   // dK and dV of this warp's keys, rounded; both start again at zero.
@@ -168,14 +184,16 @@ struct BackwardWarpgroup {
 };
 
 // The steps of all pieces of work form one stream. A round starts dV and dK of the current step, dQ of the step before
-// and S of the next one; while these run dQ leaves, then the next step's P and dS are worked out.
+// and S of the next one; while these run dQ leaves, then the next step's P and dS are worked out. The warpgroups take
+// turns at the tensor cores, so that one's mathematics hides behind the other's products.
 template <class Traits>
 __device__ __forceinline__ void consume(const AttentionParams& p, const BackwardMaps& maps,
                                         const BackwardShared<Traits>& shared, int warpgroup) {
   BackwardWarpgroup<Traits> state(p, maps, shared, warpgroup);
-  uint32_t step = 0;  // place in the rings
+  if (warpgroup == 1) state.pass_turn();  // the first turn is the first warpgroup's
+  uint32_t step = 0;                      // place in the rings
   shared.steps.wait_full(step);
-  int n = shared.step(step).plan, n_before = n;  // pieces of work of this step and the one before
+  int n = uniform(shared.step(step).plan), n_before = n;  // pieces of work of this step and the one before
   if (n < 0) {
     shared.dq.release_full(step);
     return;
@@ -183,21 +201,25 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   shared.k.wait_full(n);
   state.start_scores(n, step);
   shared.v.wait_full(n);
+  const bool boundary = state.has_boundary(n, step);
   state.start_dp(step);
-  state.differentiate(step);
-  state.share_ds(step);
+  state.differentiate(n, step, boundary);
+  state.lay_out_ds(step);
 
   // dQ of the step before, once its product is done.
   const auto finish_dq = [&] {
     wgmma_settle(state.dq);
     shared.ds.release(step - 1);
-    state.hand_over_dq(step - 1);
+    state.lay_out_dq(step - 1);
     if (n_before != n) shared.k.release(n_before);
   };
   for (;; ++step) {
+    step = uniform(step);
     shared.steps.wait_full(step + 1);
-    const int n_next = shared.step(step + 1).plan;
+    const int n_next = uniform(shared.step(step + 1).plan);
     if (n_next < 0) break;
+    state.publish_ds(step);
+    state.wait_for_turn();
     state.start_dk_dv(step);
     // At the very first step this multiplies what lies in memory, and nobody looks at it.
     if (step > 0) shared.ds.wait_full(step - 1);
@@ -214,12 +236,15 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     }
     if (n_next != n) shared.k.wait_full(n_next);
     state.start_scores(n_next, step + 1);
+    state.pass_turn();
     wgmma_wait<1>();
     if (!early && step > 0) finish_dq();
     if (n_next != n) shared.v.wait_full(n_next);
+    const bool boundary = state.has_boundary(n_next, step + 1);
     state.start_dp(step + 1);
-    state.differentiate(step + 1);
-    state.share_ds(step + 1);
+    if (step > 0) state.publish_dq(step - 1);
+    state.differentiate(n_next, step + 1, boundary);
+    state.lay_out_ds(step + 1);
     // No earlier: no product may be under way when the registers of dK and dV are cleared.
     if (n_next != n) state.store(shared.plan(n));
     n_before = n;
@@ -227,18 +252,23 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   }
 
   state.start_dk_dv(step);
+  state.publish_ds(step);
   if (step > 0) shared.ds.wait_full(step - 1);
   state.start_dq(n_before, step - 1);
   wgmma_wait<0>();
   wgmma_settle(state.dk);
   wgmma_settle(state.dv);
   wgmma_settle(state.dq);
-  if (step > 0) state.hand_over_dq(step - 1);
+  if (step > 0) {
+    state.lay_out_dq(step - 1);
+    state.publish_dq(step - 1);
+  }
   shared.ds.wait_full(step);
   state.start_dq(n, step);
   wgmma_wait<0>();
   wgmma_settle(state.dq);
-  state.hand_over_dq(step);
+  state.lay_out_dq(step);
+  state.publish_dq(step);
   state.store(shared.plan(n));
   shared.dq.wait_empty(step + 1);
   shared.dq.release_full(step + 1);  // tells that the stream has ended

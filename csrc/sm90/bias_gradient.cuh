@@ -164,8 +164,8 @@ struct BiasWarpgroup {
   // c = A B^T (+ c) over a chunk: A this warpgroup's queries of Q or dO, B the keys of K or V.
   __device__ __forceinline__ void start_product(Scores& c, uint32_t chunk, bool accumulate) {
     shared.chunks.wait_full(chunk);
-    const uint64_t a = Tile::descriptor(shared.queries(chunk) + warpgroup * 64 * 128);
-    const uint64_t b = Tile::descriptor(shared.keys(chunk));
+    const uint32_t a = Tile::descriptor(shared.queries(chunk) + warpgroup * 64 * 128);
+    const uint32_t b = Tile::descriptor(shared.keys(chunk));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Config::kColumns / 16; ++k) {

@@ -38,13 +38,14 @@ constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
 // Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short
+  bool turns;   // warpgroups take turns at the tensor cores
 };
 
 constexpr BackwardConfig backward_config(int head_dim, bool dropout, bool extras) {
 #ifdef HF_FLASH_SM90_BACKWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_BACKWARD_CONFIG;
 #endif
-  return {head_dim <= 64 && !dropout && !extras ? 128 : 64};
+  return {head_dim <= 64 && !dropout && !extras ? 128 : 64, true};
 }
 
 // Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536.

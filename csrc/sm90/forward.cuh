@@ -168,14 +168,14 @@ struct ForwardWarpgroup {
 
   // The rings' places of the tiles.
   __device__ __forceinline__ void start_scores(uint32_t q_place, uint32_t place) {
-    const uint64_t q = Traits::QTile::descriptor(shared.q_tile(q_place) + warpgroup * 64 * 128);
-    const uint64_t k = Traits::KVTile::descriptor(shared.k_tile(place));
+    const uint32_t q = Traits::QTile::descriptor(shared.q_tile(q_place) + warpgroup * 64 * 128);
+    const uint32_t k = Traits::KVTile::descriptor(shared.k_tile(place));
     wgmma_fence();
     start_multiply_by_transpose<T, Traits::kHeadDim, typename Traits::QTile, typename Traits::KVTile>(s, q, k);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_output(uint32_t place) {
-    const uint64_t v = Traits::KVTile::descriptor(shared.v_tile(place));
+    const uint32_t v = Traits::KVTile::descriptor(shared.v_tile(place));
     wgmma_fence();
     start_multiply<T, typename Traits::KVTile>(out, probabilities, v);
     wgmma_commit();

@@ -2,6 +2,7 @@
 // other; within a block each group of eight rows is 1024 bytes, its 16-byte chunks permuted (the 128-byte swizzle).
 #pragma once
 
+#include "instructions/arithmetic.cuh"
 #include "instructions/wgmma.cuh"
 #include "tile/fragment.cuh"
 
@@ -21,18 +22,14 @@ struct SwizzledTile {
     return chunk / 8 * kBlockBytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
 
-  // wgmma's descriptor of a tile at a shared address that is a multiple of 1024. Stride: 1024 bytes between groups of
-  // eight rows. Leading: between blocks of 64 columns, read only where the columns are the operand's rows.
-  __device__ static uint64_t descriptor(uint32_t address) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62, kStride = uint64_t{1024 / 16} << 32;
-    constexpr uint64_t kLeading = uint64_t{kBlockBytes / 16} << 16;
-    return kSwizzle128 | kStride | kLeading | (address >> 4);
-  }
+  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024. Leading: between
+  // blocks of 64 columns, read only where the columns are the operand's rows.
+  __device__ static uint32_t descriptor(uint32_t address) { return kBlockBytes / 16 << 16 | address >> 4; }
 
   // Steps of 16 along the depth, to be added to a descriptor: across the columns where the tile's rows are the
   // operand's rows, down the rows where its columns are.
-  __device__ static constexpr uint64_t across(int k) { return (k / 4 * kBlockBytes + k % 4 * 32) / 16; }
-  __device__ static constexpr uint64_t down(int k) { return k * 16 * 128 / 16; }
+  __device__ static constexpr uint32_t across(int k) { return (k / 4 * kBlockBytes + k % 4 * 32) / 16; }
+  __device__ static constexpr uint32_t down(int k) { return k * 16 * 128 / 16; }
 };
 
 // Accumulators and operands of a warp seen as the registers of one wgmma; a warpgroup has 64 rows, a warp 16 of them.
@@ -48,7 +45,7 @@ __device__ __forceinline__ void wgmma_settle(Accumulator<16, COLS>& c) {
 
 // c = A B^T (+ c): A's tile from row 0 of descriptor a on, B's tile has c's columns as rows; DEPTH columns of both.
 template <class T, int DEPTH, class TileA, class TileB, int COLS>
-__device__ __forceinline__ void start_multiply_by_transpose(Accumulator<16, COLS>& c, uint64_t a, uint64_t b) {
+__device__ __forceinline__ void start_multiply_by_transpose(Accumulator<16, COLS>& c, uint32_t a, uint32_t b) {
 #pragma unroll
   for (int k = 0; k < DEPTH / 16; ++k) {
     wgmma_ss<T, COLS, 0, 0>(wgmma_registers(c), a + TileA::across(k), b + TileB::across(k), k > 0);
@@ -57,7 +54,7 @@ __device__ __forceinline__ void start_multiply_by_transpose(Accumulator<16, COLS
 
 // c += A B with A in registers: B's tile has the depth as rows.
 template <class T, class TileB, int COLS, int DEPTH>
-__device__ __forceinline__ void start_multiply(Accumulator<16, COLS>& c, const OperandA<16, DEPTH>& a, uint64_t b,
+__device__ __forceinline__ void start_multiply(Accumulator<16, COLS>& c, const OperandA<16, DEPTH>& a, uint32_t b,
                                                bool accumulate = true) {
 #pragma unroll
   for (int k = 0; k < DEPTH / 16; ++k) {
