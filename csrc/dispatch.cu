@@ -10,6 +10,7 @@
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "sm80/instances.h"
+#include "sm90/backward_grid.h"
 #include "sm90/instances.h"
 
 namespace hf_flash::cuda {
@@ -143,7 +144,8 @@ static int hopper_head_dim(const AttentionParams& p) {
 
 int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
-  return DqAccumulator(p, nullptr, hopper ? hopper : head_dim_of(p)).bytes(p);
+  if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
+  return DqAccumulator(p, nullptr, hopper, sm90::BackwardGrid(p, multiprocessor_count()).finishes_dq).bytes(p);
 }
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {

@@ -18,6 +18,18 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// Copies `bytes` neighbouring bytes. The barrier must expect them.
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* global, uint32_t shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
 // Adds `bytes` neighbouring bytes of float32 in shared memory to global memory.
 __device__ __forceinline__ void bulk_add_float(float* global, uint32_t shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(

@@ -1,6 +1,7 @@
 // Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 rows and head_dim columns, in the
 // order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
-// packed batch starts a tile of its own. Behind the tiles stand the turns of the deterministic mode.
+// packed batch starts a tile of its own. Behind the tiles stand the turns of a fixed order of the additions: that of
+// the deterministic mode, and of kernels whose last addition to a tile writes dq itself.
 #pragma once
 
 #include <cstdint>
@@ -14,23 +15,27 @@ struct DqAccumulator {
   static constexpr int kTurns = 2;  // counters a tile: one for each 32 rows, the shortest query tile of a kernel
 
   float* data = nullptr;     // tiles of kTileRows * columns
-  int32_t* turns = nullptr;  // kTurns for each tile; null unless deterministic
+  int32_t* turns = nullptr;  // kTurns for each tile; null where the order is free
   int64_t batch_tiles = 0;   // tiles from one sequence to the next; 0 when packed
   int64_t head_tiles = 0;    // tiles from one query head to the next
   int32_t columns = 0;       // head_dim rounded up to what the kernel computes, a multiple of 32
   bool packed = false;
+  // The first turn stores its tile and the last one writes dq, of rows that are computed and see keys. So nothing here
+  // has to be zeroed but the turns; nobody writes the other rows of dq.
+  bool finishes_dq = false;
 
   DqAccumulator() = default;
-  DqAccumulator(const AttentionParams& p, void* workspace, int32_t columns)
-      : data(static_cast<float*>(workspace)), columns(columns), packed(p.packed()) {
+  DqAccumulator(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false)
+      : data(static_cast<float*>(workspace)), columns(columns), packed(p.packed()), finishes_dq(finishes_dq) {
     head_tiles = packed ? p.total_q / kTileRows + p.batch + 1 : (p.seqlen_q + kTileRows - 1) / kTileRows;
     batch_tiles = packed ? 0 : head_tiles * p.heads_q;
-    if (p.deterministic) turns = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
+    if (takes_turns(p)) turns = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
   }
 
+  bool takes_turns(const AttentionParams& p) const { return p.deterministic || finishes_dq; }
   int64_t tiles(const AttentionParams& p) const { return head_tiles * p.heads_q * (packed ? 1 : p.batch); }
   int64_t bytes(const AttentionParams& p) const {
-    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (p.deterministic ? kTurns : 0));
+    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (takes_turns(p) ? kTurns : 0));
   }
 
   HF_FLASH_HOST_DEVICE int64_t tile(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {

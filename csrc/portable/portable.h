@@ -10,7 +10,7 @@
 namespace hf_flash::portable {
 
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse; 0 for rows that are not computed, whose dout is not read.
-// Also zeroes the accumulator where one is given.
+// Also zeroes the accumulator where one is given, or where that finishes dq, the rows of dq that it does not reach.
 void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
 
 // dq = scale * accumulator in q's dtype, 0 for rows that are not computed. float16 and bfloat16.

@@ -1,5 +1,5 @@
-// The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, so that no
-// launch of its own has to.
+// The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, or the rows
+// of dq that nothing is added to, so that no launch of its own has to.
 #include "attention/sequence.h"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t first_row = block * kRows;
   if (first_row >= sequence.len_q) return;
 
-  if (accumulator.data != nullptr) {
+  if (accumulator.data != nullptr && !accumulator.finishes_dq) {
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
     for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
-    if (accumulator.turns != nullptr && threadIdx.x < DqAccumulator::kTurns)
-      accumulator.turn(sequence, b, head, first_row)[threadIdx.x] = 0;
   }
+  if (accumulator.turns != nullptr && threadIdx.x < DqAccumulator::kTurns)
+    accumulator.turn(sequence, b, head, first_row)[threadIdx.x] = 0;
   const int32_t lane = threadIdx.x % kLanes;
   const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
   const auto* out = static_cast<const Element*>(p.out.data) + b * p.out.batch + head * p.out.head;
@@ -51,6 +51,12 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t i = first_row + r + threadIdx.x / kLanes;
     if (i - threadIdx.x / kLanes >= sequence.len_q) break;
     const int64_t row = sequence.first_q + i;
+    const bool reached = sequence.computes(i) && sequence.key_begin < sequence.key_end;
+    if (accumulator.finishes_dq && !reached && i < sequence.len_q) {
+      auto* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head + row * p.dq.row;
+      for (int32_t d = lane * Vector<Element>::kSize; d < p.head_dim; d += kLanes * Vector<Element>::kSize)
+        *reinterpret_cast<uint4*>(dq + d) = uint4{0, 0, 0, 0};
+    }
     Sum sum = 0;
     if (sequence.computes(i))
       sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane);

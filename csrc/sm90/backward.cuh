@@ -10,6 +10,7 @@
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
+#include "sm90/backward_grid.h"
 #include "sm90/backward_producers.cuh"
 #include "sm90/gradient_terms.cuh"
 #include "tile/store.cuh"
@@ -141,27 +142,60 @@ struct BackwardWarpgroup {
     shared.ds.release_full(step);
   }
 
-  // Lays dq of a step out as the accumulator has it; after publish_dq() a warp of the producers adds it. This warpgroup
-  // has blocks of 16 rows with all columns, or half of the columns of each.
+  // dq of a step that finishes it: what the others have added and its own, scaled and rounded. sums: this lane's in
+  // shared memory; block: this warp's 16 rows of the tile; column_block: its first 8 columns.
+  __device__ __forceinline__ void write_dq(const DqTarget& target, uint32_t sums, int block, int column_block,
+                                           int lane) const {
+    const int t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * block + lane / 4 + 8 * r;
+      const bool inside = row >= target.begin && row < target.end;
+      T* const to = static_cast<T*>(target.rows) + row * target.row + 8 * t;
+#pragma unroll
+      for (int n = 0; n < kDqColumns / 8; n += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2 sum{0, 0};
+          if (target.adds) sum = load_shared_float2(sums + 4 * DqAccumulator::element(n + i, 0, 2 * r));
+          const float factor = target.factor, (&own)[4] = dq.x[0][n + i];
+          x[i] = pack<T>((sum.x + own[2 * r]) * factor, (sum.y + own[2 * r + 1]) * factor);
+        }
+        transpose_quad(x, t);
+        if (inside && 8 * (column_block + n + t) < p.head_dim)
+          *reinterpret_cast<uint4*>(to + 8 * n + 8 * column_block) = uint4{x[0], x[1], x[2], x[3]};
+      }
+    }
+  }
+
+  // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add after
+  // publish_dq(). This warpgroup has blocks of 16 rows with all columns, or half of the columns of each.
   __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
     const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
     const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
     const uint32_t rows =
         shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
-    shared.dq.wait_empty(step);
+    shared.dq.wait_full(step);
+    const DqTarget& target = shared.dq_target();
+    if (target.rows != nullptr) {
+      write_dq(target, rows, block, column_block, lane);
+    } else {
 #pragma unroll
-    for (int n = 0; n < kDqColumns / 8; ++n) {
-      const float (&x)[4] = dq.x[0][n];
-      store_shared_16_bytes(
-          rows + 4 * DqAccumulator::element(n, 0, 0),
-          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+      for (int n = 0; n < kDqColumns / 8; ++n) {
+        const float (&x)[4] = dq.x[0][n];
+        store_shared_16_bytes(
+            rows + 4 * DqAccumulator::element(n, 0, 0),
+            uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+      }
     }
   }
+  // The fence waits for the stores: there should be a product under way.
   __device__ __forceinline__ void publish_dq(uint32_t step) const {
     fence_async_proxy();
     __syncwarp();
-    shared.dq.release_full(step);
+    shared.dq.release(step);
   }
 
   // dK and dV of this warp's keys, rounded; both start again at zero.
@@ -194,10 +228,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   uint32_t step = 0;                      // place in the rings
   shared.steps.wait_full(step);
   int n = uniform(shared.step(step).plan), n_before = n;  // pieces of work of this step and the one before
-  if (n < 0) {
-    shared.dq.release_full(step);
-    return;
-  }
+  if (n < 0) return;
   shared.k.wait_full(n);
   state.start_scores(n, step);
   shared.v.wait_full(n);
@@ -270,15 +301,13 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   state.lay_out_dq(step);
   state.publish_dq(step);
   state.store(shared.plan(n));
-  shared.dq.wait_empty(step + 1);
-  shared.dq.release_full(step + 1);  // tells that the stream has ended
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ DqAccumulator accumulator,
-                    const __grid_constant__ PersistentSchedule schedule, const bool rotates) {
+                    const __grid_constant__ PersistentSchedule schedule) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
@@ -291,9 +320,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
-    if (warp == 1) make_plans(p, schedule, rotates, shared);
+    if (warp == 1) make_plans(p, schedule, accumulator.finishes_dq, shared);
     if (warp == 2) copy_row_values(p, shared);
-    if (warp == 3) add_dq(p, accumulator, rotates, shared);
+    if (warp == 3) add_dq(p, accumulator, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume(p, maps, shared, warpgroup);
@@ -303,32 +332,27 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
-  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
+  const BackwardGrid grid(p, multiprocessor_count());
+  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM, grid.finishes_dq);
   portable::row_sum(p, accumulator, stream);
   const auto kernel = backward_kernel<Traits>;
   static SharedMemoryPermit permit;
   permit.ask(kernel, BackwardShared<Traits>::kBytes);
-  const int multiprocessors = multiprocessor_count();
-  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessors);
+  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count());
   if (schedule.works() > INT32_MAX - (1 << 20))
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
   if (schedule.works() > 0) {
     const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
-    int ctas = static_cast<int>(std::min<int64_t>(schedule.works(), multiprocessors));
-    // Who waits for turns needs the others to be there. Where all key tiles of a head see the same queries, all of them
-    // start in the same round, each at a query tile of its own; not if that left more than a third of the SMs idle.
-    const bool deterministic = accumulator.turns != nullptr;
-    const bool rotates = deterministic && p.window_left < 0 && p.window_right < 0 && schedule.tiles <= ctas &&
-                         3 * (ctas % schedule.tiles) <= ctas;
-    if (rotates) ctas -= ctas % schedule.tiles;
+    // Who waits for turns needs the others to be there.
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = deterministic;
-    cudaLaunchConfig_t config{dim3(ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
-                              stream,     &cooperative,           1};
-    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule, rotates), "backward");
+    cooperative.val.cooperative = accumulator.turns != nullptr && schedule.tiles > 1;
+    cudaLaunchConfig_t config{dim3(grid.ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
+                              stream,          &cooperative,           1};
+    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule), "backward");
   }
-  portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
+  if (!accumulator.finishes_dq)
+    portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);
 }
 

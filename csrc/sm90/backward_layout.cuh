@@ -23,6 +23,7 @@ struct BackwardPlan {
   int first_head, end_head;
   int start_head, start_i0;               // of the first step
   int turn, turns;                        // among the key tiles that some query sees, of which there are `turns`
+  int finishing;                          // so many of the last steps finish dq of their queries
   int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
   Sequence sequence;
   KeyRange all[2];  // for each warpgroup's keys the queries that see all of them
@@ -64,6 +65,16 @@ struct BackwardStep {
   float slope;  // ALiBi
 };
 
+// Where dQ of a step goes. The warp that adds dQ says so when it gives the step the place in shared memory: all of it,
+// for the consumers have no registers for what they would read of the parameters.
+struct DqTarget {
+  void* rows;      // dq of the tile's first query, of a step that finishes it; null: the accumulator
+  int64_t row;     // stride
+  int begin, end;  // rows of the tile that are computed
+  float factor;    // of the sums
+  bool adds;       // the place holds what the other key tiles have added
+};
+
 template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 struct BackwardTraits {
   using T = ELEMENT;
@@ -73,6 +84,7 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
+  static_assert(kKeys == kBackwardKeys);
   static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, DROPOUT, EXTRAS);
   static constexpr int kQueries = kConfig.queries;
   static constexpr bool kTurns = kConfig.turns;
@@ -98,7 +110,8 @@ struct BackwardTraits {
   static constexpr int kDq = kDs + kScoreStages * ScoreTile::kBytes;
   static constexpr int kDqBytes = kQueries * HEAD_DIM * static_cast<int>(sizeof(float));
   static constexpr int kValues = kDq + kDqBytes;
-  static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kTarget = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kStep = kTarget + static_cast<int>(sizeof(DqTarget));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
 };
 
@@ -125,8 +138,10 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     plan.turn = work.tile - first_tile;
     plan.turns = max(1, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first_tile);
     // At the last query tile of the last head, or where the key tiles of a head run side by side and see the same
-    // queries, each somewhere else: so none waits for another's turn.
-    const int start = rotates ? plan.turn * (group * tiles) / plan.turns : group * tiles - 1;
+    // queries, each somewhere else: so none waits for another's turn. There the last steps, down to where the next turn
+    // started, meet queries that all others have been at.
+    const int steps = group * tiles, start = rotates ? plan.turn * steps / plan.turns : steps - 1;
+    plan.finishing = rotates ? (plan.turn + 1) * steps / plan.turns - start : 0;
     plan.start_head = plan.first_head + (tiles > 0 ? start / tiles : 0);
     plan.start_i0 = plan.begin + (tiles > 0 ? start % tiles * Traits::kQueries : 0);
   } else if (lane == Traits::kWarpgroups + 1) {
@@ -159,8 +174,9 @@ struct BackwardShared {
   uint32_t base;
   Plans planned;  // only its full barriers are used: a plan is free when K is
   Keys k;
-  Single v, dq;
-  Pair steps;       // Q, dO, lse and row sums of a step arrive together
+  Single v;
+  Single dq;   // filled when the place is given to a step, perhaps with sums; empty when all warps are done with it
+  Pair steps;  // Q, dO, lse and row sums of a step arrive together
   Scores ds, bias;  // of bias only the full barriers are used: it lies where dS of its step will
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
 
@@ -180,7 +196,7 @@ struct BackwardShared {
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
     k.init(Traits::kWarps);
     v.init(Traits::kWarps);
-    dq.init(1, Traits::kWarps);
+    dq.init(Traits::kWarps);
     steps.init(Traits::kWarps, 1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
     ds.init(Traits::kWarps, Traits::kWarps);
     bias.init(1);
@@ -203,6 +219,7 @@ struct BackwardShared {
   }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
+  __device__ DqTarget& dq_target() const { return *reinterpret_cast<DqTarget*>(memory + Traits::kTarget); }
   __device__ BackwardStep& step(uint32_t step) const {
     return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
   }

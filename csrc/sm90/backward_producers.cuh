@@ -186,6 +186,13 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
   }
 }
 
+// Of a query tile's part of the accumulator, which ends with the sequence's last tile of 64 rows.
+template <class Traits>
+__device__ __forceinline__ int dq_bytes(const Sequence& sequence, int i0) {
+  constexpr int kTileBytes = DqAccumulator::kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
+  return i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
+}
+
 // How many key tiles add to a query tile's dQ before this piece of work does. They have consecutive numbers, from that
 // of the queries' first visible key on; where the pieces of work start at different steps, the first is the one that
 // starts there, or the next above.
@@ -203,39 +210,86 @@ __device__ __forceinline__ int turn_of(const AttentionParams& p, const BackwardP
   return plan.turn - first + (plan.turn < first ? plan.turns : 0);
 }
 
-// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
-// tile take turns.
+// Gives the place for dQ to a step that finishes dq of its queries: once all others have had their turns, with what
+// they have added.
 template <class Traits>
-__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator, bool rotates,
-                                       const BackwardShared<Traits>& shared) {
-  constexpr int kTileBytes = DqAccumulator::kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
-  if (!elect_one()) return;
-  for (uint32_t step = 0;; ++step) {
-    shared.dq.wait_full(step);
-    const BackwardStep& at = shared.step(step);
-    if (at.plan < 0) break;
-    const BackwardPlan& plan = shared.plan(at.plan);
-    const Sequence& sequence = plan.sequence;
-    int32_t* turns = nullptr;
-    if (accumulator.turns != nullptr) {
-      turns = accumulator.turn(sequence, plan.batch, at.head, at.i0);
-      const int turn = turn_of<Traits>(p, plan, at.head, at.i0, rotates);
-      while (load_acquire(turns) < turn) {
-      }
-      fence_async_proxy_global();
+__device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, const DqAccumulator& accumulator,
+                                                     const BackwardPlan& plan, int head, int i0, uint32_t full,
+                                                     const BackwardShared<Traits>& shared) {
+  const Sequence& sequence = plan.sequence;
+  DqTarget& target = shared.dq_target();
+  target.rows = static_cast<uint16_t*>(p.dq.data) + plan.batch * p.dq.batch + head * p.dq.head +
+                (sequence.first_q + i0) * p.dq.row;
+  target.begin = sequence.query_begin - i0;
+  target.end = sequence.query_end - i0;
+  target.row = p.dq.row;
+  target.factor = static_cast<float>(p.scale) * (Traits::kDropout ? 256.0f / p.dropout_keep : 1.0f);
+  target.adds = plan.turns > 1;
+  if (plan.turns == 1) {
+    mbarrier_arrive(full);
+  } else {
+    const int32_t* turns = accumulator.turn(sequence, plan.batch, head, i0);
+    while (load_acquire(turns) < plan.turns - 1) {
     }
-    // The accumulator ends with the sequence's last tile of 64 rows.
-    const int bytes = at.i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
-    bulk_add_float(accumulator.rows(sequence, plan.batch, at.head, at.i0), shared.dq_tile(), bytes);
-    bulk_commit();
-    bulk_wait_read<0>();
-    mbarrier_arrive(shared.dq.empty(step));  // the consumers go on; plan and step may be over now
-    if (turns != nullptr) {
-      bulk_wait<0>();
-      fence_async_proxy_global();
-      add_release(turns, 1);
+    fence_async_proxy_global();
+    const int bytes = dq_bytes<Traits>(sequence, i0);
+    mbarrier_arrive_expect_bytes(full, bytes);
+    bulk_load(shared.dq_tile(), accumulator.rows(sequence, plan.batch, head, i0), bytes, full);
+  }
+}
+
+// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
+// tile take turns. Where the last turn finishes dq, which the consumers do, the first one stores instead.
+template <class Traits>
+__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
+                                       const BackwardShared<Traits>& shared) {
+  if (!elect_one()) return;
+  uint32_t step = 0;
+  int32_t* turns = nullptr;  // where a turn ends when what was added last has arrived
+  const auto end_turn = [&] {
+    if (turns == nullptr) return;
+    bulk_wait<0>();
+    fence_async_proxy_global();
+    add_release(turns, 1);
+    turns = nullptr;
+  };
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const BackwardPlan& plan = shared.plan(n);
+    if (plan.j0 < 0) break;
+    const Sequence& sequence = plan.sequence;
+    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+      if (walk.left <= plan.finishing) {
+        end_turn();  // first: those that it waits for may wait for this one
+        give_place_to_finish(p, accumulator, plan, walk.head, walk.i0, shared.dq.full(step), shared);
+        shared.dq.wait_empty(step + 1);
+        continue;
+      }
+      shared.dq_target().rows = nullptr;
+      mbarrier_arrive(shared.dq.full(step));
+      end_turn();
+      shared.dq.wait_empty(step + 1);
+      bool stores = false;
+      if (accumulator.turns != nullptr) {
+        turns = accumulator.turn(sequence, plan.batch, walk.head, walk.i0);
+        const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, accumulator.finishes_dq);
+        while (load_acquire(turns) < turn) {
+        }
+        fence_async_proxy_global();
+        stores = accumulator.finishes_dq && turn == 0;
+      }
+      float* const rows = accumulator.rows(sequence, plan.batch, walk.head, walk.i0);
+      const int bytes = dq_bytes<Traits>(sequence, walk.i0);
+      if (stores) {
+        bulk_store(rows, shared.dq_tile(), bytes);
+      } else {
+        bulk_add_float(rows, shared.dq_tile(), bytes);
+      }
+      bulk_commit();
+      bulk_wait_read<0>();
     }
   }
+  end_turn();
   bulk_wait<0>();
 }
 

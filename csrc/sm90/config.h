@@ -35,6 +35,15 @@ constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
   return head_dim <= 64 && !dropout && !extras;
 }
 
+constexpr int kBackwardKeys = 128;
+
+// The backward's key tiles take turns at dQ and the last writes dq (backward_grid.h) up to so many keys. It saves the
+// zeroing and the conversion of an accumulator, whose share falls with the length, and costs idle SMs and waiting. The
+// smaller number is for sequences of unequal lengths, whose CTAs wait for the one with the most.
+struct FinishedKeys {
+  int equal = 2048, unequal = 512;
+};
+
 // Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short

@@ -1,6 +1,8 @@
 """What is special about the GPU's kernels; everything else in tests/ops and tests/functions runs there too."""
 
 import copy
+import math
+import os
 
 import pytest
 import torch
@@ -89,6 +91,54 @@ def test_many_pieces_of_work_of_few_steps(head_dim, deterministic):
     packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 200, "max_seqlen_k": 200}
     check(q, k, v, **packed, causal=True, deterministic=deterministic)
     check(q, k, v, **packed, dropout_p=0.1, dropout_seed=seed_tensor(3, "cuda"), deterministic=deterministic)
+
+
+def poison_freed_memory():
+    """What is allocated next holds NaN."""
+    for _ in range(3):
+        buffers = [torch.full((1 << n,), math.nan, device="cuda", dtype=torch.float16) for n in range(8, 25)]
+        del buffers
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("seqlen_k", [100, 300, 1000])
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
+    """Rows that are computed and see keys or not, in tiles that some key tile reaches or none does."""
+    q, k, v = make_qkv("cuda", torch.bfloat16, 6, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
+    keys = [[0, seqlen_k], [0, 0], [60, 61], [37, seqlen_k - 10], [seqlen_k, seqlen_k], [40, 80]]
+    rows = [[0, 450], [0, 450], [13, 70], [150, 150], [64, 128], [300, 450]]
+    ranges = {"key_range": int32(keys, "cuda"), "query_range": int32(rows, "cuda")}
+    for options in ({}, ranges, ranges | {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}):
+        poison_freed_memory()
+        dq = check(q, k, v, **options, deterministic=deterministic)["dq"]
+        for b, ((first_key, last_key), (begin, end)) in enumerate(zip(keys, rows, strict=True)):
+            if options and first_key == last_key:
+                assert (dq[b] == 0).all()
+            elif options:
+                assert (dq[b, :begin] == 0).all() and (dq[b, end:] == 0).all()
+    lengths = [[64, 0, 129, 257], [130, 300, 0, 570]]
+    starts = [int32([sum(n[:b]) for b in range(5)], "cuda") for n in lengths]
+    q, k, v = make_qkv("cuda", torch.float16, None, 450, 1000, heads=4, heads_k=2, head_dim=head_dim)
+    packed = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": 257, "max_seqlen_k": 570}
+    poison_freed_memory()
+    check(q, k, v, **packed, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen", [128, 200, 512, 1000])
+def test_short_gradients_have_the_same_bits(head_dim, seqlen):
+    """On Hopper, without being asked: the key tiles of a head take turns there, and the last one writes dq."""
+    if torch.cuda.get_device_capability()[0] != 9 or os.environ.get("HF_FLASH_ARCH") == "sm80":
+        pytest.skip("Hopper's kernels")
+    for heads_k, extras in ((12, {}), (4, {"softcap": 20.0, "alibi_slopes": torch.rand(12, device="cuda")})):
+        q, k, v = make_qkv("cuda", torch.bfloat16, 9, seqlen, seqlen, heads=12, heads_k=heads_k, head_dim=head_dim)
+        options = extras | {"dropout_p": 0.1, "dropout_seed": seed_tensor(1, "cuda")} if extras else {}
+        dout = torch.randn_like(q)
+        first = run(q, k, v, options, dout=dout)
+        for _ in range(50):
+            again = run(q, k, v, options, dout=dout)
+            assert all(torch.equal(again[name], first[name]) for name in first)
 
 
 def large_enough(gib):

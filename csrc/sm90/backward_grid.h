@@ -1,0 +1,38 @@
+// How Hopper's backward spreads over the SMs, asked for twice a call: how large the workspace is depends on it too.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "params.h"
+#include "sm90/config.h"
+
+namespace hf_flash::sm90 {
+
+struct BackwardGrid {
+  int ctas;  // at once, each for one piece of work after the other
+  // Where all key tiles of a head see the same queries, all of them start in the same round, each at a query tile of
+  // its own, and take turns at dQ with next to no waiting. So the order is fixed, and the last turn can write dq.
+  bool finishes_dq;
+
+  BackwardGrid(const AttentionParams& p, int multiprocessors) {
+    const int tiles = (p.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
+    ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors}));
+    // Not if whole heads left more than a third of the SMs idle.
+    finishes_dq = tiles > 0 && tiles <= ctas && p.window_left < 0 && p.window_right < 0 && 3 * (ctas % tiles) <= ctas &&
+                  (p.deterministic || finishing_pays(p, tiles));
+    if (finishes_dq) ctas -= ctas % tiles;
+  }
+
+ private:
+  // Where the order of the additions is free.
+  static bool finishing_pays(const AttentionParams& p, int tiles) {
+    constexpr FinishedKeys kKeys;
+    const bool equal = !p.packed() && p.key_range == nullptr;
+    const int64_t query_tiles = int64_t{p.seqlen_q + 127} / 128 * (p.heads_q / p.heads_k);
+    // With fewer query tiles than key tiles, some would start at the same one and wait.
+    return p.seqlen_k <= (equal ? kKeys.equal : kKeys.unequal) && query_tiles >= tiles;
+  }
+};
+
+}  // namespace hf_flash::sm90
