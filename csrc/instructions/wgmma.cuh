@@ -99,20 +99,18 @@ __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(
 #define HF_FLASH_DESCRIPTOR(name, lower) "mov.b64 " name ", {%" #lower ", 0x40000040};\n"
 
 // x, y, ...: the numbers of the operands after the accumulators.
-#define HF_FLASH_WGMMA_SS(N, TYPE, x, y, z, ta, tb)                                                                \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #z                                            \
-               ", 0;\n" HF_FLASH_DESCRIPTOR("a", x) HF_FLASH_DESCRIPTOR("b", y)                                    \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N             \
-               "}, a, b, p, 1, 1, %" #ta ", %" #tb ";\n}"                                                          \
-               : HF_FLASH_CONSTRAINTS_##N                                                                          \
+#define HF_FLASH_WGMMA_SS(N, TYPE, x, y, z, ta, tb)                                                               \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #z ", 0;\n" HF_FLASH_DESCRIPTOR("a", x)      \
+                   HF_FLASH_DESCRIPTOR("b", y) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE    \
+                                               " {" HF_FLASH_NAMES_##N "}, a, b, p, 1, 1, %" #ta ", %" #tb ";\n}" \
+               : HF_FLASH_CONSTRAINTS_##N                                                                         \
                : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSED_A), "n"(TRANSPOSED_B))
-#define HF_FLASH_WGMMA_RS(N, TYPE, x0, x1, x2, x3, y, z, tb)                                            \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #z                                   \
-               ", 0;\n" HF_FLASH_DESCRIPTOR("b", y)                                                     \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N  \
-               "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, b, p, 1, 1, %" #tb ";\n}"                  \
-               : HF_FLASH_CONSTRAINTS_##N                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(accumulate)), \
+#define HF_FLASH_WGMMA_RS(N, TYPE, x0, x1, x2, x3, y, z, tb)                                                       \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #z ", 0;\n" HF_FLASH_DESCRIPTOR(                 \
+                   "b", y) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" HF_FLASH_NAMES_##N \
+               "}, {%" #x0 ", %" #x1 ", %" #x2 ", %" #x3 "}, b, p, 1, 1, %" #tb ";\n}"                             \
+               : HF_FLASH_CONSTRAINTS_##N                                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(static_cast<int>(accumulate)),            \
                  "n"(TRANSPOSED_B))
 
 // A and B in shared memory. TRANSPOSED: the operand's rows (A's 64, B's N) are contiguous, not its depth. accumulate =

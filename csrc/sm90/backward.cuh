@@ -130,7 +130,7 @@ struct BackwardWarpgroup {
       for (int k = 0; k < kQueries / 16; ++k)
         stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
     } else {
-      const int lane = threadIdx.x % 32, row = 64 * warpgroup + 16 * warp + lane % 16, chunk = lane / 16;
+      const int thread = opaque(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane % 16, chunk = lane / 16;
 #pragma unroll
       for (int k = 0; k < kQueries / 16; ++k)
         stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), ds.x[0][k]);
@@ -237,13 +237,6 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   state.differentiate(n, step, boundary);
   state.lay_out_ds(step);
 
-  // dQ of the step before, once its product is done.
-  const auto finish_dq = [&] {
-    wgmma_settle(state.dq);
-    shared.ds.release(step - 1);
-    state.lay_out_dq(step - 1);
-    if (n_before != n) shared.k.release(n_before);
-  };
   for (;; ++step) {
     step = uniform(step);
     shared.steps.wait_full(step + 1);
@@ -263,13 +256,18 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     const bool early = Traits::kKeyStages < 3 && n_before != n && n_next != n;
     if (early) {
       wgmma_wait<0>();
-      finish_dq();
+      shared.k.release(n_before);
     }
     if (n_next != n) shared.k.wait_full(n_next);
     state.start_scores(n_next, step + 1);
     state.pass_turn();
     wgmma_wait<1>();
-    if (!early && step > 0) finish_dq();
+    if (step > 0) {
+      wgmma_settle(state.dq);
+      shared.ds.release(step - 1);
+      state.lay_out_dq(step - 1);
+      if (!early && n_before != n) shared.k.release(n_before);
+    }
     if (n_next != n) shared.v.wait_full(n_next);
     const bool boundary = state.has_boundary(n_next, step + 1);
     state.start_dp(step + 1);
