@@ -199,6 +199,8 @@ struct BackwardShared {
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
   }
+  // The softcap's slopes of a step have a place: that of its dS.
+  __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { ds.wait_empty(step); }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
   __device__ BackwardStep& step(uint32_t step) const {
