@@ -1,7 +1,7 @@
 // The terms that most calls do without, in Hopper's backward: softcap, ALiBi, bias, bool mask. A bias that the TMA
 // engine can read comes to the place where dS of the same tile will lie: each warp takes its keys' elements out as
-// fragments and later writes dS over them. Anything else is read element by element. Heads over 128 have a tile of their
-// own for bias or slopes (wide_backward_layout.cuh).
+// fragments and later writes dS over them. Anything else is read element by element. Heads over 128 have a tile of
+// their own for bias or slopes (wide_backward_layout.cuh).
 #pragma once
 
 #include "attention/score_gradient.cuh"

@@ -32,8 +32,10 @@ struct WideWarpgroup {
   const int warp;                    // of the warpgroup
   Accumulator<16, kQueries> scores;  // S or dP
   Accumulator<16, kHeadDim> sum;     // dV or dK
-  Accumulator<16, 64> dq;            // a slice of it
-  OperandA<16, kQueries> operand;    // P or dS
+  // Slices of dQ. Registers of one accumulator for both would be serialised where their widths differ.
+  Accumulator<16, Traits::slice_columns(0)> dq0;
+  Accumulator<16, Traits::slice_columns(1)> dq1;
+  OperandA<16, kQueries> operand;  // P or dS
 
   __device__ WideWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared)
       : p(p), shared(shared), terms{p, shared, maps.terms}, warp(uniform(threadIdx.x / 32 % 4)) {
@@ -55,6 +57,14 @@ struct WideWarpgroup {
                                  QueryTile::descriptor(kOwnsDv ? shared.dout_tile(step) : shared.q_tile(step)));
     wgmma_commit();
   }
+  template <int SLICE>
+  __device__ __forceinline__ auto& slice() {
+    if constexpr (SLICE == 0) {
+      return dq0;
+    } else {
+      return dq1;
+    }
+  }
   // A slice of dQ = dS^T K.
   template <int SLICE>
   __device__ __forceinline__ void start_dq(uint32_t step) {
@@ -62,13 +72,11 @@ struct WideWarpgroup {
     constexpr int kColumn = Traits::slice_column(ROLE, SLICE), kColumns = Traits::slice_columns(SLICE);
     static_assert(kColumn % 64 + kColumns <= 64 && kColumn + kColumns <= kHeadDim);
     const uint64_t a = ByKey::descriptor(shared.ds_tile(step));
-    const uint64_t b =
-        KeyTile::descriptor(shared.k_tile() + kColumn / 64 * KeyTile::kBlockBytes + 2 * (kColumn % 64));
+    const uint64_t b = KeyTile::descriptor(shared.k_tile() + kColumn / 64 * KeyTile::kBlockBytes + 2 * (kColumn % 64));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kColumns, 1, 1>(reinterpret_cast<float (&)[kColumns / 2]>(dq.x), a + ByKey::down(k),
-                                  b + KeyTile::down(k), k > 0);
+      wgmma_ss<T, kColumns, 1, 1>(wgmma_registers(slice<SLICE>()), a + ByKey::down(k), b + KeyTile::down(k), k > 0);
     wgmma_commit();
   }
 
@@ -80,7 +88,9 @@ struct WideWarpgroup {
       shared.steps.release(step);
     }
   }
-  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const { return plan.j0 + 16 * warp; }  // of the warp
+  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
+    return plan.j0 + 16 * warp;
+  }  // of the warp
 
   // A thread's part of the P of a step: four pairs for each 16 queries, in the order of the operand's registers.
   __device__ __forceinline__ uint32_t probability_place(uint32_t step) const {
@@ -175,7 +185,7 @@ struct WideWarpgroup {
 
   // Lays a slice of dQ out as the accumulator has it; a warp of the producers adds it.
   template <int SLICE>
-  __device__ __forceinline__ void hand_over_dq(uint32_t step) const {
+  __device__ __forceinline__ void hand_over_dq(uint32_t step) {
     constexpr int kColumns = Traits::slice_columns(SLICE);
     const uint32_t place = Traits::kSlices * step + SLICE;
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
@@ -183,7 +193,7 @@ struct WideWarpgroup {
     shared.dq(ROLE).wait_empty(place);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      const float (&x)[4] = dq.x[0][n];
+      const float (&x)[4] = slice<SLICE>().x[0][n];
       store_shared_16_bytes(
           rows + 4 * DqAccumulator::element(n, 0, 0),
           uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
@@ -197,11 +207,11 @@ struct WideWarpgroup {
     shared.ds.wait_full(step);
     start_dq<0>(step);
     wgmma_wait<0>();
-    wgmma_settle(dq);
+    wgmma_settle(dq0);
     hand_over_dq<0>(step);
     start_dq<1>(step);
     wgmma_wait<0>();
-    wgmma_settle(dq);
+    wgmma_settle(dq1);
     shared.ds.release(step);
     hand_over_dq<1>(step);
   }
@@ -215,13 +225,14 @@ struct WideWarpgroup {
     const int key0 = first_key(plan);
     T* to = static_cast<T*>(rows.data) + plan.batch * rows.batch + (plan.sequence.first_k + key0) * rows.row +
             plan.kv_head * rows.head;
-    store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0);
+    store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0,
+                      opaque(threadIdx.x % 4));
     sum.clear();
   }
 };
 
-// The steps of a piece of work. A round starts dV or dK of the current step, the first slice of dQ of the step before, S
-// or dP of the next step, the second slice: each as soon as the one before the last is done, so that one is always
+// The steps of a piece of work. A round starts dV or dK of the current step, the first slice of dQ of the step before,
+// S or dP of the next step, the second slice: each as soon as the one before the last is done, so that one is always
 // under way while P or dS is worked out and dQ leaves. Slices of a step before the first multiply what lies in memory,
 // and nobody looks at them: a branch around a product would make ptxas run all of them one after the other.
 template <Role ROLE, class Traits>
@@ -233,7 +244,7 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
   // The second slice of the step before.
   const auto finish_dq = [&](uint32_t first) {
     wgmma_wait<0>();
-    wgmma_settle(state.dq);
+    wgmma_settle(state.dq1);
     if (step == first) return;
     shared.ds.release(step - 1);
     state.template hand_over_dq<1>(step - 1);
@@ -264,7 +275,7 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
       if (!kOwnsDv) shared.dout.wait_full(step + 1);
       state.start_scores(step + 1);
       wgmma_wait<1>();
-      wgmma_settle(state.dq);
+      wgmma_settle(state.dq0);
       if (step != first) state.template hand_over_dq<0>(step - 1);
       state.template start_dq<1>(step - 1);
       wgmma_wait<Traits::kExtras ? 0 : 1>();

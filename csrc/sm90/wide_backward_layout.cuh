@@ -24,8 +24,8 @@ struct WideTraits {
   using ScoreTile = SwizzledTile<kQueries, kKeys>;     // of the bias or the softcap's slopes
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS
 
-  // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and a
-  // slice never straddles a block of 64 columns of K.
+  // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and
+  // a slice never straddles a block of 64 columns of K.
   static constexpr int kSlices = 2;
   static constexpr int kSliceBytes = kQueries * 64 * static_cast<int>(sizeof(float));
   __host__ __device__ static constexpr int slice_columns(int slice) { return HEAD_DIM == 256 || slice == 0 ? 64 : 32; }
@@ -71,7 +71,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   uint32_t base;
   Plans planned;  // only its full barriers are used, as in the narrower kernel
   Single k, v;
-  Pair steps;     // Q, lse and row sums of a step arrive together
+  Pair steps;  // Q, lse and row sums of a step arrive together
   Douts dout;
   Scores ds;
   Handover probabilities;
