@@ -93,8 +93,8 @@ struct WideWarpgroup {
   }  // of the warp
 
   // A thread's part of the P of a step: four pairs for each 16 queries, in the order of the operand's registers.
-  __device__ __forceinline__ uint32_t probability_place(uint32_t step) const {
-    return shared.probability_tile(step) + 16 * (opaque(threadIdx.x) % kWarpgroupThreads);
+  __device__ __forceinline__ uint32_t probability_place() const {
+    return shared.probability_tile() + 16 * (opaque(threadIdx.x) % kWarpgroupThreads);
   }
   static constexpr uint32_t kNextPlace = 16 * kWarpgroupThreads;
 
@@ -119,7 +119,7 @@ struct WideWarpgroup {
     shared.steps.release(step);
     to_operand<T>(operand, scores, 0);
     shared.probabilities.wait_empty(step);
-    const uint32_t place = probability_place(step);
+    const uint32_t place = probability_place();
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
       uint32_t (&x)[4] = operand.x[0][k];
@@ -140,7 +140,7 @@ struct WideWarpgroup {
     shared.dout.release(step);
     const float* row_sum = shared.row_values(step) + kQueries + lane_col();
     shared.probabilities.wait_full(step);
-    const uint32_t place = probability_place(step);
+    const uint32_t place = probability_place();
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
       const uint4 x = load_shared_16_bytes(place + k * kNextPlace);

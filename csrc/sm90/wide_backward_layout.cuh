@@ -35,18 +35,19 @@ struct WideTraits {
   }
 
   // Shared memory: K and V of a piece of work, Q of two steps, dO of one or two (both warpgroups read it at about the
-  // same time), dS of two (dQ is one step late), P on its way from one warpgroup to the other, rounded as it enters dV,
-  // a slice of dQ for each warpgroup, lse and row sums, plans, barriers. With extras P has one place, and the other is
-  // the bias's or that of the softcap's slopes; a call has not both here.
+  // same time), dS of three (dQ of a step leaves only after dS of the step after next is written), P on its way from
+  // one warpgroup to the other, rounded as it enters dV, a slice of dQ for each warpgroup, lse and row sums, plans,
+  // barriers. With extras dQ leaves before dS is written, and the third tile is the bias's or that of the softcap's
+  // slopes; a call has not both here.
   static constexpr int kStages = 2, kDoutStages = HEAD_DIM <= 192 ? 2 : 1, kKeyStages = 1, kPlans = 4, kSteps = 8;
-  static constexpr int kScoreStages = 2, kProbabilityStages = EXTRAS ? 1 : 2;
+  static constexpr int kScoreStages = EXTRAS ? 2 : 3;
   static constexpr int kV = KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
   static constexpr int kDs = kDout + kDoutStages * QueryTile::kBytes;
   static constexpr int kTerms = kDs + kScoreStages * ScoreTile::kBytes;
   static constexpr int kProbabilities = kTerms + (EXTRAS ? ScoreTile::kBytes : 0);
-  static constexpr int kDq = kProbabilities + kProbabilityStages * ScoreTile::kBytes;
+  static constexpr int kDq = kProbabilities + ScoreTile::kBytes;
   static constexpr int kValues = kDq + kWarpgroups * kSliceBytes;
   static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
@@ -61,10 +62,9 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   using Pair = Ring<Traits::kStages>;
   using Douts = Ring<Traits::kDoutStages>;
   using Scores = Ring<Traits::kScoreStages>;
-  using Handover = Ring<Traits::kProbabilityStages>;
   using Single = Ring<1>;
-  static constexpr int kBytes = kBarriers + Plans::kBytes + Pair::kBytes + Douts::kBytes + Scores::kBytes +
-                                Handover::kBytes + 5 * Single::kBytes + 8;
+  static constexpr int kBytes =
+      kBarriers + Plans::kBytes + Pair::kBytes + Douts::kBytes + Scores::kBytes + 6 * Single::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
@@ -74,8 +74,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   Pair steps;  // Q, lse and row sums of a step arrive together
   Douts dout;
   Scores ds;
-  Handover probabilities;
-  Single bias, dv_dq, dk_dq;
+  Single probabilities, bias, dv_dq, dk_dq;
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
 
   __device__ explicit BackwardShared(char* memory)
@@ -88,7 +87,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
         dout(steps.barriers + Pair::kBytes),
         ds(dout.barriers + Douts::kBytes),
         probabilities(ds.barriers + Scores::kBytes),
-        bias(probabilities.barriers + Handover::kBytes),
+        bias(probabilities.barriers + Single::kBytes),
         dv_dq(bias.barriers + Single::kBytes),
         dk_dq(dv_dq.barriers + Single::kBytes),
         landed(dk_dq.barriers + Single::kBytes) {}
@@ -124,9 +123,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   __device__ uint32_t term_tile() const { return base + Traits::kTerms; }
   __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { probabilities.wait_empty(step); }
   // P as pairs: a thread reads 16 bytes for each 16 queries where the same thread of the other warpgroup wrote them.
-  __device__ uint32_t probability_tile(uint32_t step) const {
-    return base + Traits::kProbabilities + Handover::stage(step) * Traits::ScoreTile::kBytes;
-  }
+  __device__ uint32_t probability_tile() const { return base + Traits::kProbabilities; }
   // A slice of dQ as the accumulator has it, blocks of 16 rows one after the other. Its place: 2 * step + slice.
   __device__ uint32_t dq_tile(Role role) const {
     return base + Traits::kDq + (role == Role::kDk ? Traits::kSliceBytes : 0);
