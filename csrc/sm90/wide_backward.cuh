@@ -42,12 +42,18 @@ struct WideWarpgroup {
     sum.clear();
   }
 
+  // A descriptor whose steps along the depth are added in the uniform registers that wgmma takes it from: added in
+  // vector registers they take longer than the products.
+  __device__ static __forceinline__ uint64_t in_uniform_registers(uint64_t descriptor) {
+    return descriptor >> 32 << 32 | uniform(static_cast<uint32_t>(descriptor));
+  }
   // S = K Q^T or dP = V dO^T, keys as rows.
   __device__ __forceinline__ void start_scores(uint32_t step) {
     const uint64_t a = KeyTile::descriptor(kOwnsDv ? shared.k_tile() : shared.v_tile());
     const uint64_t b = QueryTile::descriptor(kOwnsDv ? shared.q_tile(step) : shared.dout_tile(step));
     wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(scores, a, b);
+    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(scores, in_uniform_registers(a),
+                                                                 in_uniform_registers(b));
     wgmma_commit();
   }
   // dV += P dO or dK += dS Q.
