@@ -23,6 +23,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
   const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, bool dirty, int first, int head,
                         int batch, int begin, int end) {
     const uint32_t barrier = dirty ? shared.landed : full;
+    __syncwarp();  // a lane that came late could find the phase over twice
     if (leader) {
       mbarrier_arrive_expect_bytes(barrier, QueryTile::kBytes);
       load_tile<QueryTile>(tile, map, barrier, first, head, batch);
@@ -56,6 +57,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
       load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
       if (Traits::kExtras && maps.terms.copies_bias) {
         shared.bias.wait_empty(step);
+        __syncwarp();
         if (leader) {
           mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
           load_tile<typename Traits::ScoreTile>(shared.term_tile(), maps.bias, shared.bias.full(step), i0,
