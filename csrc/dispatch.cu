@@ -60,6 +60,8 @@ void with_variant(const AttentionParams& p, const Run& run) {
     using T = decltype(element);
     if constexpr (Run::has_variants(HEAD_DIM)) {
       if (!extras && !dropout) return run.template operator()<T, HEAD_DIM, false, false>();
+    }
+    if constexpr (Run::has_variants(HEAD_DIM) && Run::kDropsAlone) {
       if (!extras) return run.template operator()<T, HEAD_DIM, true, false>();
     }
     return run.template operator()<T, HEAD_DIM, true, true>();
@@ -85,10 +87,11 @@ void with_instance(const AttentionParams& p, const Run& run) {
   }
 }
 
-// What can be run on an instance: both folders' passes.
+// What can be run on an instance: both folders' passes. kDropsAlone: dropout without extras is a variant of its own.
 struct Sm80Forward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
@@ -99,6 +102,7 @@ struct Sm80Forward {
 struct Sm80Backward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
@@ -109,6 +113,7 @@ struct Sm80Backward {
 struct Sm90Backward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
@@ -117,9 +122,22 @@ struct Sm90Backward {
   }
 };
 
+struct Sm90WideBackward {
+  const AttentionParams& p;
+  cudaStream_t stream;
+  static constexpr bool kDropsAlone = false;
+  static constexpr bool has_variants(int) { return true; }
+  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  void operator()() const {
+    static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
+    sm90::run_wide_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+  }
+};
+
 struct Sm90Forward {
   const AttentionParams& p;
   cudaStream_t stream;
+  static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
@@ -145,7 +163,7 @@ static int hopper_head_dim(const AttentionParams& p) {
 int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
-  return DqAccumulator(p, nullptr, hopper, sm90::BackwardGrid(p, multiprocessor_count()).finishes_dq).bytes(p);
+  return DqAccumulator(p, nullptr, hopper, sm90::BackwardGrid(p, hopper, multiprocessor_count()).finishes_dq).bytes(p);
 }
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
@@ -161,6 +179,8 @@ void backward(const AttentionParams& p, void* stream) {
   switch (hopper_head_dim(p)) {
     case 64: with_variant<64>(p, Sm90Backward{p, native(stream)}); break;
     case 128: with_variant<128>(p, Sm90Backward{p, native(stream)}); break;
+    case 192: with_variant<192>(p, Sm90WideBackward{p, native(stream)}); break;
+    case 256: with_variant<256>(p, Sm90WideBackward{p, native(stream)}); break;
     default: with_instance(p, Sm80Backward{p, native(stream)});
   }
   if (p.dbias_sums) bias_gradient(p, native(stream));

@@ -64,7 +64,7 @@ def _served(feature: str, device: str, dtype: torch.dtype) -> str | support.Unsu
         q, k = q[0], k[0]
         bounds = torch.tensor([0, 7, 16], dtype=torch.int32, device=device)
         keywords = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 9, "max_seqlen_k": 9}
-    return support.unsupported(q, k, k, **keywords) or support.kernel_name(q.device, head_dim)
+    return support.unsupported(q, k, k, **keywords) or support.kernel_name(q.device)
 
 
 def doctor() -> int:
@@ -107,8 +107,6 @@ def _features_of(device: str) -> None:
             if isinstance(served, support.Unsupported):
                 reasons[served.code] = served.sentence
                 served = served.code
-            elif "/" in served:
-                reasons[served] = "forward by the kernels of the first folder, backward by those of the second"
             cells.append(served)
         print(f"{feature:24}" + "".join(f"{cell:>10}" for cell in cells))
     for code, sentence in reasons.items():

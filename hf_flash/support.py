@@ -77,24 +77,16 @@ def gpu_reason(device_index: int | None) -> tuple[str, str] | None:
     return None
 
 
-def kernel_name(device: torch.device, head_dim: int = 64) -> str:
+def kernel_name(device: torch.device) -> str:
     """Which of csrc's folders serves such calls, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
 
-    "sm90/sm80" where the backward has another than the forward; "none" where HF_FLASH_ARCH forces kernels that the
-    device cannot run, and calls raise.
+    "none" where HF_FLASH_ARCH forces kernels that the device cannot run, and calls raise.
     """
     if device.type != "cuda":
         return "cpu"
     own = ("sm80", "sm90") if torch.cuda.get_device_capability(device)[0] == 9 else ("sm80",)
     chosen = os.environ.get("HF_FLASH_ARCH") or own[-1]
-    if chosen not in own:
-        return "none"
-    return "sm90/sm80" if chosen == "sm90" and not _hopper_backward(head_dim) else chosen
-
-
-def _hopper_backward(head_dim: int) -> bool:
-    """Whether ``csrc/sm90`` has a backward for this head dimension; backward_head_dim() of its instances.h."""
-    return head_dim <= 128
+    return chosen if chosen in own else "none"
 
 
 def _rows(q, k, v, packed: bool) -> Unsupported | None:

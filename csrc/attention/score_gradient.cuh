@@ -116,8 +116,8 @@ struct ScoreGradient {
 
   // Second: leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
   template <int COLS>
-  __device__ __forceinline__ void differentiate(Accumulator<16, COLS>& s, Accumulator<16, COLS>& dp,
-                                                const float* row_sum) const {
+  __device__ static __forceinline__ void differentiate(Accumulator<16, COLS>& s, Accumulator<16, COLS>& dp,
+                                                       const float* row_sum) {
 #pragma unroll
     for (int n = 0; n < COLS / 8; ++n) {
       const float2 delta = *reinterpret_cast<const float2*>(row_sum + 8 * n);

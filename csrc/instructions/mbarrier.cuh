@@ -36,6 +36,19 @@ __device__ __forceinline__ bool mbarrier_has_ended(uint32_t barrier, uint32_t pa
   return ended != 0;
 }
 
+// The same without waiting a while for it: for a thread that looks at several barriers in turn.
+__device__ __forceinline__ bool mbarrier_ends_now(uint32_t barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_has_ended(barrier, parity)) {
   }

@@ -8,9 +8,8 @@
 #include <cuda_runtime.h>
 
 #include "instructions/warpgroup.cuh"
-#include "portable/cuda_call.h"
 #include "portable/portable.h"
-#include "sm90/backward_grid.h"
+#include "sm90/backward_launch.cuh"
 #include "sm90/backward_producers.cuh"
 #include "sm90/gradient_terms.cuh"
 #include "tile/store.cuh"
@@ -305,7 +304,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ DqAccumulator accumulator,
-                    const __grid_constant__ PersistentSchedule schedule) {
+                    const __grid_constant__ PersistentSchedule schedule, const bool rotates) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
@@ -318,7 +317,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
-    if (warp == 1) make_plans(p, schedule, accumulator.finishes_dq, shared);
+    if (warp == 1) make_plans(p, schedule, rotates, shared);
     if (warp == 2) copy_row_values(p, shared);
     if (warp == 3) add_dq(p, accumulator, shared);
   } else {
@@ -330,25 +329,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
-  const BackwardGrid grid(p, multiprocessor_count());
+  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
   const DqAccumulator accumulator(p, p.workspace, HEAD_DIM, grid.finishes_dq);
   portable::row_sum(p, accumulator, stream);
-  const auto kernel = backward_kernel<Traits>;
-  static SharedMemoryPermit permit;
-  permit.ask(kernel, BackwardShared<Traits>::kBytes);
-  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count());
-  if (schedule.works() > INT32_MAX - (1 << 20))
-    throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
-  if (schedule.works() > 0) {
-    const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
-    // Who waits for turns needs the others to be there.
-    cudaLaunchAttribute cooperative;
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = accumulator.turns != nullptr && schedule.tiles > 1;
-    cudaLaunchConfig_t config{dim3(grid.ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
-                              stream,          &cooperative,           1};
-    check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule), "backward");
-  }
+  launch_backward<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
   if (!accumulator.finishes_dq)
     portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);

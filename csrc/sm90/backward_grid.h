@@ -12,16 +12,20 @@ namespace hf_flash::sm90 {
 struct BackwardGrid {
   int ctas;  // at once, each for one piece of work after the other
   // Where all key tiles of a head see the same queries, all of them start in the same round, each at a query tile of
-  // its own, and take turns at dQ with next to no waiting. So the order is fixed, and the last turn can write dq.
-  bool finishes_dq;
+  // its own, and take turns at dQ with next to no waiting.
+  bool rotates;
+  bool finishes_dq;  // so the order is fixed, and the last turn can write dq
 
-  BackwardGrid(const AttentionParams& p, int multiprocessors) {
-    const int tiles = (p.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
+  // head_dim: of the kernel.
+  BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
+    const int keys = backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
     ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors}));
     // Not if whole heads left more than a third of the SMs idle.
-    finishes_dq = tiles > 0 && tiles <= ctas && p.window_left < 0 && p.window_right < 0 && 3 * (ctas % tiles) <= ctas &&
-                  (p.deterministic || finishing_pays(p, tiles));
-    if (finishes_dq) ctas -= ctas % tiles;
+    const bool side_by_side =
+        tiles > 0 && tiles <= ctas && p.window_left < 0 && p.window_right < 0 && 3 * (ctas % tiles) <= ctas;
+    finishes_dq = side_by_side && head_dim <= 128 && (p.deterministic || finishing_pays(p, tiles));
+    rotates = finishes_dq || (side_by_side && p.deterministic);
+    if (rotates) ctas -= ctas % tiles;
   }
 
  private:

@@ -84,7 +84,7 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
-  static_assert(kKeys == kBackwardKeys);
+  static_assert(kKeys == backward_keys(HEAD_DIM));
   static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, DROPOUT, EXTRAS);
   static constexpr int kQueries = kConfig.queries;
   static constexpr bool kTurns = kConfig.turns;
@@ -217,6 +217,8 @@ struct BackwardShared {
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
   }
+  // The softcap's slopes of a step have a place: that of its dS.
+  __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { ds.wait_empty(step); }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
   __device__ DqTarget& dq_target() const { return *reinterpret_cast<DqTarget*>(memory + Traits::kTarget); }

@@ -35,7 +35,8 @@ constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
   return head_dim <= 64 && !dropout && !extras;
 }
 
-constexpr int kBackwardKeys = 128;
+// Keys of a CTA of the backward: the accumulators of dK and dV fill the registers of two warpgroups.
+constexpr int backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 // The backward's key tiles take turns at dQ and the last writes dq (backward_grid.h) up to so many keys. It saves the
 // zeroing and the conversion of an accumulator, whose share falls with the length, and costs idle SMs and waiting. The

@@ -1,6 +1,7 @@
 // The terms that most calls do without, in Hopper's backward: softcap, ALiBi, bias, bool mask. A bias that the TMA
 // engine can read comes to the place where dS of the same tile will lie: each warp takes its keys' elements out as
-// fragments and later writes dS over them. Anything else is read element by element.
+// fragments and later writes dS over them. Anything else is read element by element. Heads over 128 have a tile of
+// their own for bias or slopes (wide_backward_layout.cuh).
 #pragma once
 
 #include "attention/score_gradient.cuh"
@@ -24,7 +25,7 @@ struct GradientTerms {
                                         uint32_t place, int key0) const {
     float scale = constants.scale;
     if (constants.cap != 0) {
-      shared.ds.wait_empty(step);
+      shared.wait_for_slopes(step);
       cap(s, place);
       scale = 1.0f;
     } else if (!(scale > 0)) {
@@ -59,7 +60,7 @@ struct GradientTerms {
   // This lane's address in this warp's part of a tile of dS, and from 16 queries to the next 16.
   __device__ static __forceinline__ uint32_t place(uint32_t tile) {
     const int thread = opaque(threadIdx.x), lane = thread % 32;  // found anew each time: registers are short
-    const int key_chunk = 8 * (thread / 128) + 2 * (thread / 32 % 4) + lane / 8 % 2;
+    const int key_chunk = 8 * (Traits::kKeys > 64 ? thread / 128 : 0) + 2 * (thread / 32 % 4) + lane / 8 % 2;
     return tile + Traits::ScoreTile::offset(lane / 16 * 8 + lane % 8, key_chunk);
   }
   static constexpr uint32_t kNextPlace = 16 * 128;

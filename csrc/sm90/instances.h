@@ -13,11 +13,18 @@ namespace hf_flash::sm90 {
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
 
-// The backward's head dimensions; 0: none, the mma.sync kernels serve it.
-constexpr int backward_head_dim(int needed) { return needed <= 64 ? 64 : (needed <= 128 ? 128 : 0); }
+// The backward's head dimensions.
+constexpr int backward_head_dim(int needed) {
+  return needed <= 64 ? 64 : (needed <= 128 ? 128 : (needed <= 192 ? 192 : 256));
+}
 
+// Head dimensions 64 and 128.
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
+
+// 192 and 256, (false, false) or (true, true): dropout alone is rare there and has no machine code of its own.
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_wide_backward(const AttentionParams& p, cudaStream_t stream);
 
 // Can the TMA engine bring tiles of the bias? Of the inputs' dtype, aligned, with rows and columns of its own.
 inline bool tma_reads_bias(const AttentionParams& p) {

@@ -22,11 +22,12 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int t) {
 }
 
 // Rounds to T and writes rows [row_begin, row_end) of a warp's 16 rows and columns below head_dim; `rows` points at the
-// warp's row 0, row_elements is the stride of a row.
+// warp's row 0, row_elements is the stride of a row. t: the lane of the quad, from callers that keep the compiler from
+// working ahead with it.
 template <class T, int COLS>
 __device__ __forceinline__ void store_fragment(void* rows, int64_t row_elements, int head_dim,
-                                               const Accumulator<16, COLS>& c, int row_begin, int row_end) {
-  const int t = threadIdx.x % 4;
+                                               const Accumulator<16, COLS>& c, int row_begin, int row_end,
+                                               int t = threadIdx.x % 4) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane_row() + 8 * r;

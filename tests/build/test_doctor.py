@@ -77,15 +77,13 @@ def test_doctor_asks_the_code(call, monkeypatch):
     assert "  SOFTCAP: this machine lost its tanh" in text
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 136])
 @pytest.mark.parametrize("capability, forced", [((8, 0), ""), ((9, 0), ""), ((9, 0), "sm80"), ((12, 0), "")])
-def test_kernels_are_named_as_dispatch_chooses(monkeypatch, capability, forced, head_dim):
+def test_kernels_are_named_as_dispatch_chooses(monkeypatch, capability, forced):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setenv("HF_FLASH_ARCH", forced)
-    hopper = "sm90" if head_dim <= 128 else "sm90/sm80"
-    want = hopper if capability == (9, 0) and not forced else "sm80"
-    assert support.kernel_name(torch.device("cuda", 0), head_dim) == want
-    assert support.kernel_name(torch.device("cpu"), head_dim) == "cpu"
+    want = "sm90" if capability == (9, 0) and not forced else "sm80"
+    assert support.kernel_name(torch.device("cuda", 0)) == want
+    assert support.kernel_name(torch.device("cpu")) == "cpu"
 
 
 def test_kernels_forced_on_a_gpu_that_cannot_run_them(monkeypatch):
@@ -101,22 +99,20 @@ def test_doctor_says_what_is_forced(call, monkeypatch):
     assert "HF_FLASH_ARCH sm80" in call("doctor")[1]
 
 
-def test_doctor_names_both_passes(call, monkeypatch):
-    """Where the backward has other kernels than the forward; the CPU stands for a Hopper GPU."""
+def test_doctor_names_hoppers_kernels(call, monkeypatch):
+    """For every head dimension; the CPU stands for a Hopper GPU."""
     choose = support.kernel_name
     monkeypatch.delenv("HF_FLASH_ARCH", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(support, "kernel_name", lambda device, *rest: choose(torch.device("cuda", 0), *rest))
     text = call("doctor")[1]
     cells = table(text, "cpu")
-    assert cells["head dim 128"] == cells["bias with gradient"] == ["sm90"] * 4
-    assert cells["head dim 256"] == ["sm90/sm80"] * 4
-    assert "sm90/sm80: forward by the kernels of the first folder" in text
+    assert cells["head dim 128"] == cells["head dim 256"] == cells["bias with gradient"] == ["sm90"] * 4
 
 
 @pytest.mark.skipif(not CSRC.is_dir() or shutil.which(CXX) is None, reason="needs csrc/ and a C++ compiler")
 def test_hopper_backward_is_what_the_kernels_say(tmp_path):
-    """support.py and csrc/instances.py repeat backward_head_dim() of csrc/sm90/instances.h."""
+    """csrc/instances.py repeats backward_head_dim() of csrc/sm90/instances.h: each bucket is one file's."""
     (tmp_path / "cuda_runtime.h").write_text("#pragma once\nusing cudaStream_t = void*;\n")
     (tmp_path / "main.cpp").write_text(BACKWARD_HEAD_DIMS)
     subprocess.run(
@@ -126,14 +122,22 @@ def test_hopper_backward_is_what_the_kernels_say(tmp_path):
     for line in subprocess.run([tmp_path / "a"], capture_output=True, text=True, check=True).stdout.splitlines():
         needed, bucket = map(int, line.split())
         served[needed] = bucket
-        assert support._hopper_backward(needed) == (bucket > 0), line
+        assert needed <= bucket, line
     assert len(served) == 32
     sys.path.insert(0, str(CSRC))
     instances = importlib.import_module("instances")
     sys.path.remove(str(CSRC))
-    for variant in instances.VARIANTS:
-        compiled = {d for d in instances.HEAD_DIMS if variant in instances._variants("sm90", "backward", d)}
-        assert compiled == set(served.values()) - {0}
+    compiled = {
+        variant: [
+            d
+            for which in ("backward", "wide_backward")
+            for d in instances.HEAD_DIMS
+            if variant in instances._variants("sm90", which, d)
+        ]
+        for variant in instances.VARIANTS
+    }
+    assert compiled["plain"] == compiled["all"] == sorted(set(served.values()))
+    assert compiled["dropout"] == [64, 128]
 
 
 def test_a_driver_too_old_for_the_build(monkeypatch):

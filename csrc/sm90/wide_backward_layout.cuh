@@ -1,0 +1,141 @@
+// How the backward of head dimensions over 128 divides its work. The shapes of shared memory are its own; plans, steps
+// and maps are those of backward_layout.cuh.
+#pragma once
+
+#include "sm90/backward_layout.cuh"
+
+namespace hf_flash::sm90 {
+
+// The two consumer warpgroups. dK and dV of 64 keys fill the registers of both: each warpgroup owns one of them.
+enum class Role { kDv, kDk };
+
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+struct WideTraits {
+  using T = ELEMENT;
+  static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr bool kExtras = EXTRAS;
+  static constexpr int kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kKeys = backward_keys(HEAD_DIM), kQueries = 64;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
+  using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
+  using ScoreTile = SwizzledTile<kQueries, kKeys>;     // of the bias or the softcap's slopes
+  using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS
+
+  // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and
+  // a slice never straddles a block of 64 columns of K.
+  static constexpr int kSlices = 2;
+  static constexpr int kSliceBytes = kQueries * 64 * static_cast<int>(sizeof(float));
+  __host__ __device__ static constexpr int slice_columns(int slice) { return HEAD_DIM == 256 || slice == 0 ? 64 : 32; }
+  __host__ __device__ static constexpr int slice_column(Role role, int slice) {
+    const int lower = 64 * slice, upper = slice == 0 ? HEAD_DIM - 64 : HEAD_DIM / 2;
+    return role == Role::kDv ? lower : upper;
+  }
+
+  // Shared memory: K and V of a piece of work, Q of two steps, dO of one or two (both warpgroups read it at about the
+  // same time), dS of three (dQ of a step leaves only after dS of the step after next is written), P on its way from
+  // one warpgroup to the other, rounded as it enters dV, a slice of dQ for each warpgroup, lse and row sums, plans,
+  // barriers. With extras dQ leaves before dS is written, and the third tile is the bias's or that of the softcap's
+  // slopes; a call has not both here.
+  static constexpr int kStages = 2, kDoutStages = HEAD_DIM <= 192 ? 2 : 1, kKeyStages = 1, kPlans = 4, kSteps = 8;
+  static constexpr int kScoreStages = EXTRAS ? 2 : 3;
+  static constexpr int kV = KeyTile::kBytes;
+  static constexpr int kQ = kV + KeyTile::kBytes;
+  static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
+  static constexpr int kDs = kDout + kDoutStages * QueryTile::kBytes;
+  static constexpr int kTerms = kDs + kScoreStages * ScoreTile::kBytes;
+  static constexpr int kProbabilities = kTerms + (EXTRAS ? ScoreTile::kBytes : 0);
+  static constexpr int kDq = kProbabilities + ScoreTile::kBytes;
+  static constexpr int kValues = kDq + kWarpgroups * kSliceBytes;
+  static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
+};
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
+  using Traits = WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+  static constexpr int kBarriers =
+      (Traits::kPlan + Traits::kPlans * static_cast<int>(sizeof(BackwardPlan)) + 7) / 8 * 8;
+  using Plans = Ring<Traits::kPlans>;
+  using Pair = Ring<Traits::kStages>;
+  using Douts = Ring<Traits::kDoutStages>;
+  using Scores = Ring<Traits::kScoreStages>;
+  using Single = Ring<1>;
+  static constexpr int kBytes =
+      kBarriers + Plans::kBytes + Pair::kBytes + Douts::kBytes + Scores::kBytes + 6 * Single::kBytes + 8;
+  static_assert(kBytes <= 227 * 1024);
+
+  char* memory;
+  uint32_t base;
+  Plans planned;  // only its full barriers are used, as in the narrower kernel
+  Single k, v;
+  Pair steps;  // Q, lse and row sums of a step arrive together
+  Douts dout;
+  Scores ds;
+  Single probabilities, bias, dv_dq, dk_dq;
+  uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
+
+  __device__ explicit BackwardShared(char* memory)
+      : memory(memory),
+        base(shared_address(memory)),
+        planned(base + kBarriers),
+        k(planned.barriers + Plans::kBytes),
+        v(k.barriers + Single::kBytes),
+        steps(v.barriers + Single::kBytes),
+        dout(steps.barriers + Pair::kBytes),
+        ds(dout.barriers + Douts::kBytes),
+        probabilities(ds.barriers + Scores::kBytes),
+        bias(probabilities.barriers + Single::kBytes),
+        dv_dq(bias.barriers + Single::kBytes),
+        dk_dq(dv_dq.barriers + Single::kBytes),
+        landed(dk_dq.barriers + Single::kBytes) {}
+
+  __device__ void init() const {
+    planned.init(1, kWarpThreads);  // each lane has written a part of the plan
+    k.init(Traits::kWarps);
+    v.init(Traits::kGroupWarps);
+    steps.init(Traits::kWarps, 1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
+    dout.init(Traits::kWarps);
+    ds.init(Traits::kWarps, Traits::kGroupWarps);
+    probabilities.init(Traits::kGroupWarps, Traits::kGroupWarps);
+    bias.init(Traits::kGroupWarps);
+    dv_dq.init(1, Traits::kGroupWarps);
+    dk_dq.init(1, Traits::kGroupWarps);
+    mbarrier_init(landed, 1);
+  }
+  __device__ BackwardPlan& plan(uint32_t n) const {
+    return reinterpret_cast<BackwardPlan*>(memory + Traits::kPlan)[n % Traits::kPlans];
+  }
+  __device__ uint32_t k_tile() const { return base; }
+  __device__ uint32_t v_tile() const { return base + Traits::kV; }
+  __device__ uint32_t q_tile(uint32_t step) const {
+    return base + Traits::kQ + Pair::stage(step) * Traits::QueryTile::kBytes;
+  }
+  __device__ uint32_t dout_tile(uint32_t step) const {
+    return base + Traits::kDout + Douts::stage(step) * Traits::QueryTile::kBytes;
+  }
+  __device__ uint32_t ds_tile(uint32_t step) const {
+    return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
+  }
+  // A step's bias, or the slopes that its softcap left: these have P's barriers.
+  __device__ uint32_t term_tile() const { return base + Traits::kTerms; }
+  __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { probabilities.wait_empty(step); }
+  // P as pairs: a thread reads 16 bytes for each 16 queries where the same thread of the other warpgroup wrote them.
+  __device__ uint32_t probability_tile() const { return base + Traits::kProbabilities; }
+  // A slice of dQ as the accumulator has it, blocks of 16 rows one after the other. Its place: 2 * step + slice.
+  __device__ uint32_t dq_tile(Role role) const {
+    return base + Traits::kDq + (role == Role::kDk ? Traits::kSliceBytes : 0);
+  }
+  __device__ Single dq(Role role) const { return role == Role::kDk ? dk_dq : dv_dq; }
+  __device__ BackwardStep& step(uint32_t step) const {
+    return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
+  }
+  // lse in log2 units, then row sums, of a step's queries.
+  __device__ float* row_values(uint32_t step) const {
+    return reinterpret_cast<float*>(memory + Traits::kValues) + Pair::stage(step) * 2 * Traits::kQueries;
+  }
+};
+
+}  // namespace hf_flash::sm90

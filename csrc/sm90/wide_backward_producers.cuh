@@ -1,0 +1,139 @@
+// The producer warps of the backward of head dimensions over 128: those that plan and that bring row values are
+// backward_producers.cuh's; here are the one that copies tiles and the one that adds dQ.
+#pragma once
+
+#include "sm90/backward_producers.cuh"
+#include "sm90/wide_backward_layout.cuh"
+
+namespace hf_flash::sm90 {
+
+// For each plan Q, the bias and dO of each step; K and V beside the first step's, in the order in which the piece of
+// work before gives their places back.
+template <class Traits>
+__device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const BackwardMaps& maps,
+                                                const BackwardShared<Traits>& shared) {
+  using KeyTile = typename Traits::KeyTile;
+  using QueryTile = typename Traits::QueryTile;
+  static_assert(KeyTile::kBytes == QueryTile::kBytes);
+  uint32_t step = 0, landed_parity = 0;
+  const bool leader = elect_one();
+
+  // A tile of rows first .. of the storage. Tiles with rows of other sequences or of padding, outside [begin, end), are
+  // cleaned before the consumers hear of them: 0 * NaN.
+  const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, bool dirty, int first, int head,
+                        int batch, int begin, int end) {
+    const uint32_t barrier = dirty ? shared.landed : full;
+    __syncwarp();  // a lane that came late could find the phase over twice
+    if (leader) {
+      mbarrier_arrive_expect_bytes(barrier, QueryTile::kBytes);
+      load_tile<QueryTile>(tile, map, barrier, first, head, batch);
+    }
+    if (!dirty) return;
+    mbarrier_wait(shared.landed, landed_parity);
+    landed_parity ^= 1;
+    zero_rows_outside<QueryTile>(tile, begin, end);
+    fence_async_proxy();
+    __syncwarp();
+    if (leader) mbarrier_arrive(full);
+  };
+  for (uint32_t n = 0;; ++n) {
+    shared.planned.wait_full(n);
+    const BackwardPlan& plan = shared.plan(n);
+    if (plan.j0 < 0) return;
+    const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
+      const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
+      load(tile, map, full, dirty, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
+           coordinate_of(rows.batch, plan.batch), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
+    };
+    bool has_keys = false;
+    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+      const int head = uniform(walk.head), i0 = uniform(walk.i0);
+      const auto load_queries = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
+        const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
+        load(tile, map, full, dirty, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
+             coordinate_of(rows.batch, plan.batch), plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+      };
+      shared.steps.wait_empty(step);
+      load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
+      if (Traits::kExtras && maps.terms.copies_bias) {
+        shared.bias.wait_empty(step);
+        __syncwarp();
+        if (leader) {
+          mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
+          load_tile<typename Traits::ScoreTile>(shared.term_tile(), maps.bias, shared.bias.full(step), i0,
+                                                coordinate_of(p.bias.head, head),
+                                                coordinate_of(p.bias.batch, plan.batch), plan.j0);
+        }
+      }
+      if (!has_keys) {
+        shared.v.wait_empty(n);
+        load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
+      }
+      shared.dout.wait_empty(step);
+      load_queries(shared.dout_tile(step), maps.dout, p.dout, shared.dout.full(step));
+      if (!has_keys) {
+        shared.k.wait_empty(n);
+        load_keys(shared.k_tile(), maps.k, p.k, shared.k.full(n));
+        has_keys = true;
+      }
+    }
+  }
+}
+
+// Adds the slices of dQ to the accumulator by TMA, those of either warpgroup as they come. In deterministic mode the
+// key tiles of a query tile take turns, for each warpgroup's columns apart. Nobody waits here for a turn: while one
+// warpgroup's slice is early the other's may be the one that another CTA waits for.
+template <class Traits>
+__device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const DqAccumulator& accumulator, bool rotates,
+                                              const BackwardShared<Traits>& shared) {
+  if (!elect_one()) return;
+  bool has_ended = false;
+  uint32_t place = 0, other_place = 0;  // slices so far
+  for (int other = 1;;) {               // the warpgroup that is not looked at
+    const uint32_t last_place = place;
+    place = other_place;
+    other_place = last_place;
+    other ^= 1;
+    const Role role = other == 0 ? Role::kDk : Role::kDv;
+    const auto ring = shared.dq(role);
+    if (!mbarrier_ends_now(ring.full(place), ring.parity(place))) continue;
+    const int slice = place % Traits::kSlices;
+    const BackwardStep& at = shared.step(place / Traits::kSlices);
+    if (at.plan < 0) {
+      if (has_ended) break;
+      has_ended = true;
+      ++place;
+      continue;
+    }
+    const BackwardPlan& plan = shared.plan(at.plan);
+    const Sequence& sequence = plan.sequence;
+    int32_t* turns = nullptr;
+    if (accumulator.turns != nullptr) {
+      turns = accumulator.turn(sequence, plan.batch, at.head, at.i0) + (role == Role::kDk);
+      if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) continue;
+      fence_async_proxy_global();
+    }
+    // 16 rows of a slice lie side by side in the accumulator too.
+    const int bytes = 16 * Traits::slice_columns(slice) * static_cast<int>(sizeof(float));
+    float* to = accumulator.rows(sequence, plan.batch, at.head, at.i0) + 16 * Traits::slice_column(role, slice);
+    uint32_t from = shared.dq_tile(role);
+#pragma unroll 1
+    for (int block = 0; block < Traits::kQueries / 16; ++block) {
+      bulk_add_float(to, from, bytes);
+      to += 16 * Traits::kHeadDim;
+      from += bytes;
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+    mbarrier_arrive(ring.empty(place));  // the warpgroup goes on; plan and step may be over now
+    ++place;
+    if (turns != nullptr && slice == Traits::kSlices - 1) {
+      bulk_wait<0>();
+      fence_async_proxy_global();
+      add_release(turns, 1);
+    }
+  }
+  bulk_wait<0>();
+}
+
+}  // namespace hf_flash::sm90
