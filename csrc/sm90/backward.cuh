@@ -257,9 +257,13 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
       wgmma_wait<0>();
       shared.k.release(n_before);
     }
-    if (n_next != n) shared.k.wait_full(n_next);
+    const bool moves = n_next != n;  // then the next K may have to wait for what the other warpgroup does in its turn
+    if (moves) {
+      state.pass_turn();
+      shared.k.wait_full(n_next);
+    }
     state.start_scores(n_next, step + 1);
-    state.pass_turn();
+    if (!moves) state.pass_turn();
     wgmma_wait<1>();
     if (step > 0) {
       wgmma_settle(state.dq);
