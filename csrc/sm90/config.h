@@ -3,12 +3,17 @@
 
 namespace hf_flash::sm90 {
 
+// What comes first once a tile's scores are there: the end of P V of the tile before, so that exponentials, sums and
+// the rounding of P are one block of instructions; the exponentials, beside P V; or whichever ptxas likes.
+enum class Order { kFree, kOutput, kExponentials };
+
 struct ForwardConfig {
-  int warpgroups;       // consumers, 64 query rows each
-  int keys;             // keys a tile
-  int stages;           // tiles of K, and as many of V, in shared memory
-  int q_stages;         // tiles of Q: with 2 the next one arrives while this one is at work
-  bool turns;           // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  int warpgroups;  // consumers, 64 query rows each
+  int keys;        // keys a tile
+  int stages;      // tiles of K, and as many of V, in shared memory
+  int q_stages;    // tiles of Q: with 2 the next one arrives while this one is at work
+  bool turns;      // warpgroups take turns at the tensor cores, so that the softmax of one hides behind the others
+  Order order = Order::kFree;
   int bias_stages = 2;  // tiles of a bias, with extras; float32 rows take two
 };
 
@@ -21,8 +26,8 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   if (extras) return {2, head_dim <= 128 ? 128 : head_dim <= 192 ? 64 : 32, 2, 1, true};
   // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, not for dropout's masks beside them.
   // Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
-  if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true};
-  if (head_dim <= 64) return {2, 128, 4, 2, true};
+  if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true, Order::kOutput};
+  if (head_dim <= 64) return {2, 128, 4, 2, true, dropout ? Order::kExponentials : Order::kOutput};
   // Here the products take longer than the softmax and hide it without turns, 6 % faster than with them at S 16384.
   if (head_dim <= 128) return {2, 128, 2, 2, false};
   if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true};

@@ -111,7 +111,7 @@ def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
     ranges = {"key_range": int32(keys, "cuda"), "query_range": int32(rows, "cuda")}
     for options in ({}, ranges, ranges | {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}):
         poison_freed_memory()
-        dq = check(q, k, v, **options, deterministic=deterministic)["dq"]
+        dq = check(q, k, v, **options, deterministic=deterministic, small=True)["dq"]  # some entries see one key
         for b, ((first_key, last_key), (begin, end)) in enumerate(zip(keys, rows, strict=True)):
             if options and first_key == last_key:
                 assert (dq[b] == 0).all()
