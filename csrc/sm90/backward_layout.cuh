@@ -101,8 +101,8 @@ struct BackwardTraits {
   // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
   // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A third tile of dS lets a step's
   // bias come while the step before is at work. Plans are made up to three pieces of work ahead of the K that is given
-  // back last, and the warp that adds dQ may be one or two behind that.
-  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 8, kSteps = 8;
+  // back last; with two places K is given back early, and the warp that adds dQ may be two pieces behind that.
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = kKeyStages < 3 ? 8 : 4, kSteps = 8;
   static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
