@@ -6,3 +6,12 @@ extern "C" __attribute__((visibility("default"))) int hf_flash_cuda_versions(int
   // Neither call needs a GPU; without a driver the second gives 0.
   return cudaRuntimeGetVersion(runtime) != cudaSuccess || cudaDriverGetVersion(driver) != cudaSuccess;
 }
+
+// Was it built for racecheck (sm90/pipeline.cuh)?
+extern "C" __attribute__((visibility("default"))) int hf_flash_every_lane_arrives() {
+#ifdef HF_FLASH_EVERY_LANE_ARRIVES
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -31,11 +31,9 @@ struct BackwardGrid {
  private:
   // Where the order of the additions is free.
   static bool finishing_pays(const AttentionParams& p, int tiles) {
-    constexpr FinishedKeys kKeys;
-    const bool equal = !p.packed() && p.key_range == nullptr;
     const int64_t query_tiles = int64_t{p.seqlen_q + 127} / 128 * (p.heads_q / p.heads_k);
     // With fewer query tiles than key tiles, some would start at the same one and wait.
-    return p.seqlen_k <= (equal ? kKeys.equal : kKeys.unequal) && query_tiles >= tiles;
+    return p.seqlen_k <= kFinishedKeys && query_tiles >= tiles;
   }
 };
 

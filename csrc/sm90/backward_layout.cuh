@@ -195,11 +195,12 @@ struct BackwardShared {
 
   __device__ void init() const {
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
-    k.init(Traits::kWarps);
-    v.init(Traits::kWarps);
-    dq.init(Traits::kWarps);
-    steps.init(Traits::kWarps, 1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
-    ds.init(Traits::kWarps, Traits::kWarps);
+    k.init(warps(Traits::kWarps));
+    v.init(warps(Traits::kWarps));
+    dq.init(warps(Traits::kWarps));
+    steps.init(warps(Traits::kWarps),
+               1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
+    ds.init(warps(Traits::kWarps), warps(Traits::kWarps));
     bias.init(1);
     mbarrier_init(landed, 1);
   }

@@ -69,10 +69,10 @@ struct BiasShared {
         values(biases.barriers + Biases::kBytes) {}
 
   __device__ void init() const {
-    steps.init(Config::kWarps + 2);  // the copying warp and the one that brings row values read them too
-    chunks.init(Config::kWarps);
-    biases.init(Config::kWarps);
-    values.init(Config::kWarps, kWarpThreads);  // each lane brings some
+    steps.init(warps(Config::kWarps + 2));  // the copying warp and the one that brings row values read them too
+    chunks.init(warps(Config::kWarps));
+    biases.init(warps(Config::kWarps));
+    values.init(warps(Config::kWarps), kWarpThreads);  // each lane brings some
   }
   // By place in their rings: steps; chunks, with queries first; tiles of the gradient that have tasks; tasks.
   __device__ BiasStep& step(uint32_t n) const {

@@ -108,11 +108,11 @@ struct ForwardShared {
         landed(scores.barriers + Traits::ScoreRing::kBytes) {}
 
   __device__ void init() const {
-    q.init(4 * Traits::kWarpgroups);
+    q.init(warps(4 * Traits::kWarpgroups));
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
-    k.init(4 * Traits::kWarpgroups);
-    v.init(4 * Traits::kWarpgroups);
-    scores.init(4 * Traits::kWarpgroups);
+    k.init(warps(4 * Traits::kWarpgroups));
+    v.init(warps(4 * Traits::kWarpgroups));
+    scores.init(warps(4 * Traits::kWarpgroups));
     mbarrier_init(landed, 1);
   }
   // Of the work that is the work-th of this CTA.

@@ -94,15 +94,16 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
 
   __device__ void init() const {
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
-    k.init(Traits::kWarps);
-    v.init(Traits::kGroupWarps);
-    steps.init(Traits::kWarps, 1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
-    dout.init(Traits::kWarps);
-    ds.init(Traits::kWarps, Traits::kGroupWarps);
-    probabilities.init(Traits::kGroupWarps, Traits::kGroupWarps);
-    bias.init(Traits::kGroupWarps);
-    dv_dq.init(1, Traits::kGroupWarps);
-    dk_dq.init(1, Traits::kGroupWarps);
+    k.init(warps(Traits::kWarps));
+    v.init(warps(Traits::kGroupWarps));
+    steps.init(warps(Traits::kWarps),
+               1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
+    dout.init(warps(Traits::kWarps));
+    ds.init(warps(Traits::kWarps), warps(Traits::kGroupWarps));
+    probabilities.init(warps(Traits::kGroupWarps), warps(Traits::kGroupWarps));
+    bias.init(warps(Traits::kGroupWarps));
+    dv_dq.init(1, warps(Traits::kGroupWarps));
+    dk_dq.init(1, warps(Traits::kGroupWarps));
     mbarrier_init(landed, 1);
   }
   __device__ BackwardPlan& plan(uint32_t n) const {

@@ -1,15 +1,15 @@
 """compute-sanitizer over a small set of calls: memcheck, racecheck and initcheck, each in a process of its own."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
+from hf_flash import ops
 
 
 def sanitizer():
@@ -20,26 +20,33 @@ def sanitizer():
     return found or next((str(path) for path in candidates if path.exists()), None)
 
 
-def sanitize(program, tool):
-    """(tool, finished process) of one tool over all calls; HF_FLASH_ARCH comes with the environment."""
+def sees_every_order():
+    """Whether racecheck can follow the library's Hopper kernels.
+
+    There one lane arrives at a barrier for its warp, behind a __syncwarp; racecheck does not see that, and calls each
+    such use of shared memory a hazard. A library for it lets every lane arrive (csrc/sm90/pipeline.cuh):
+    ``NVCC_APPEND_FLAGS=-DHF_FLASH_EVERY_LANE_ARRIVES pip install .``
+    """
+    return bool(ctypes.CDLL(ops.LIBRARIES["cuda"]).hf_flash_every_lane_arrives())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(arch, tool):
+    program = sanitizer()
+    if program is None:
+        pytest.skip("no compute-sanitizer")
+    if tool == "racecheck" and arch == "sm90" and not sees_every_order():
+        pytest.skip("this library is not built for racecheck")
     calls = Path(__file__).with_name("sanitized_calls.py")
     command = [program, "--tool", tool, "--error-exitcode", "86"]
     if tool != "initcheck":  # which must see torch's kernels write what ours read; the others judge ours alone
         command += ["--kernel-name", "kernel_substring=hf_flash"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation a tensor: overruns show
     command += [sys.executable, str(calls)]
-    return tool, subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
-
-
-@pytest.mark.sanitizer
-@pytest.mark.gpu
-def test_compute_sanitizer_finds_nothing():
-    """The tools run at once: most of their time they wait for the host."""
-    program = sanitizer()
-    if program is None:
-        pytest.skip("no compute-sanitizer")
-    with ThreadPoolExecutor(len(TOOLS)) as pool:
-        for tool, done in pool.map(lambda tool: sanitize(program, tool), TOOLS):
-            clean = done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
-            assert clean, f"{tool}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-            assert "calls done" in done.stdout, tool
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    said = done.stdout + done.stderr
+    clean = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+    assert done.returncode == 0 and clean in said, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert "calls done" in done.stdout
