@@ -281,8 +281,14 @@ PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int wor
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
   if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
     const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_q)} * (p.head_dim + p.head_dim_v) * (p.heads_q / p.heads_k);
+    // Over 128 the float32 accumulator of dQ counts too, and four CTAs for each head are not enough to share what comes
+    // from memory: sixteen, if a section still has two rounds of work. The fixed order of the additions is as it was
+    // measured: the more share, the more wait for turns.
     const int ctas = workers * (keys / Traits::kKeys);
-    const int64_t heads = std::max<int64_t>((32 << 20) / bytes, ctas / 4);
+    const bool narrow = Traits::kHeadDim > 128 && !p.deterministic;
+    const int64_t heads =
+        narrow ? std::max({(16 << 20) / bytes, int64_t{ctas / 16}, int64_t{2 * workers / schedule.tiles}, int64_t{1}})
+               : std::max<int64_t>((32 << 20) / bytes, ctas / 4);
     schedule.first_is_longest = true;
     schedule.sort_by_length(heads, workers);
   }
