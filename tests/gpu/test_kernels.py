@@ -78,7 +78,7 @@ def test_the_backward_drops_the_same_at_every_tile_size(dtype, head_dim):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_many_pieces_of_work_of_few_steps(head_dim, deterministic):
     """More tiles than multiprocessors, some with a single partner: kernels whose CTAs stay must not wait for ever."""
     for shape, causal in (((2, 1088, 16), True), ((24, 64, 16), False), ((20, 192, 16), True)):
@@ -123,6 +123,25 @@ def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
     packed = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": 257, "max_seqlen_k": 570}
     poison_freed_memory()
     check(q, k, v, **packed, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim, seqlen_k", [(160, 100), (160, 1060), (256, 100), (256, 1000), (256, 1060)])
+def test_key_tiles_side_by_side(head_dim, seqlen_k, deterministic):
+    """On Hopper two tiles of 64 keys walk the same queries: one or both are empty or end early, and 1060 has 17."""
+    q, k, v = make_qkv("cuda", torch.bfloat16, 6, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
+    keys = [[0, seqlen_k], [0, 0], [60, 61], [64, seqlen_k - 10], [0, 64], [70, 90]]
+    rows = [[0, 450], [0, 450], [13, 200], [0, 450], [64, 128], [300, 450]]
+    ranges = {"key_range": int32(keys, "cuda"), "query_range": int32(rows, "cuda")}
+    bias = {"bias": torch.randn(6, 4, 450, seqlen_k, device="cuda", dtype=torch.bfloat16)}
+    dropout = {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}
+    for options in ({}, ranges, ranges | bias | dropout, ranges | {"softcap": 20.0}):
+        for causal in (False, True):
+            options = options | {"causal": causal, "deterministic": deterministic}
+            check(q, k, v, **options, small=True)  # some entries see one key
+            if deterministic:
+                first, again = run(q, k, v, options), run(q, k, v, options)
+                assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
