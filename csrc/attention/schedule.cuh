@@ -59,13 +59,12 @@ struct PersistentSchedule {
   };
 
   // This CTA's work of a round.
-  __device__ Work work(int round) const { return work(round, blockIdx.x, gridDim.x); }
-  __device__ Work work(int round, int worker, int workers) const {
-    const int cta = round % 2 ? workers - 1 - worker : worker;
+  __device__ Work work(int round) const {
+    const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int batch = planes / heads;
     int tile, plane;
     if (section == 0) {
-      const uint32_t index = round * workers + cta;
+      const uint32_t index = round * gridDim.x + cta;
       plane = index / tiles;
       tile = index % tiles;
       if (plane >= planes) return {-1, 0, 0};
@@ -77,7 +76,7 @@ struct PersistentSchedule {
     } else {
       const int first = round / rounds * section;
       if (first >= planes) return {-1, 0, 0};
-      const int index = round % rounds * workers + cta, width = min(section, planes - first);
+      const int index = round % rounds * gridDim.x + cta, width = min(section, planes - first);
       plane = first + index % width;
       const int rank = index / width;
       tile = rank >= tiles || first_is_longest ? rank : tiles - 1 - rank;

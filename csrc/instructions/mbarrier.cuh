@@ -24,12 +24,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint32_t barrier, i
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// An arrival at a barrier of another CTA: an address in the cluster. It says that this CTA is done with its own shared
-// memory, which no memory outside has to do with: a release to the whole cluster waits for that too, far longer.
-__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ bool mbarrier_has_ended(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   asm volatile(

@@ -18,17 +18,6 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
-// The same to several CTAs of the cluster, bit r of ctas for that of rank r: to the same place in each, whose own
-// barrier at the same place must expect the bytes.
-__device__ __forceinline__ void tma_load_4d_to_ctas(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
-                                                    uint16_t ctas, int column, int row, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "h"(ctas), "r"(column), "r"(row), "r"(head), "r"(batch)
-      : "memory");
-}
-
 // Copies `bytes` neighbouring bytes. The barrier must expect them.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

@@ -15,10 +15,6 @@ struct BackwardGrid {
   // its own, and take turns at dQ with next to no waiting.
   bool rotates;
   bool finishes_dq;  // so the order is fixed, and the last turn can write dq
-  // CTAs come in clusters of two, which own neighbouring key tiles of a head, meet the same queries and load them
-  // together: over 128 the L2 cache limits the speed. Not where an end to the left would let a tile take the first turn
-  // at queries that do not see it, nor where many short sequences may leave one of the two without keys.
-  bool pairs;
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
@@ -30,11 +26,6 @@ struct BackwardGrid {
     finishes_dq = side_by_side && head_dim <= 128 && (p.deterministic || finishing_pays(p, tiles));
     rotates = finishes_dq || (side_by_side && p.deterministic);
     if (rotates) ctas -= ctas % tiles;
-    pairs = head_dim > 128 && !rotates && p.window_left < 0 && !p.packed() && (tiles % 2 == 0 || tiles > 16);
-    if (pairs) {
-      const int64_t works = int64_t{(tiles + 1) / 2} * p.batch * p.heads_k;
-      ctas = 2 * static_cast<int>(std::min(works, int64_t{multiprocessors / 2}));
-    }
   }
 
  private:

@@ -9,28 +9,22 @@
 
 namespace hf_flash::sm90 {
 
-// kernel(p, maps, accumulator, schedule, rotates), persistent CTAs, in clusters of two where the grid has pairs.
+// kernel(p, maps, accumulator, schedule, rotates), persistent CTAs.
 template <class Traits, class Kernel>
 void launch_backward(Kernel* kernel, const AttentionParams& p, const DqAccumulator& accumulator,
                      const BackwardGrid& grid, cudaStream_t stream) {
   static SharedMemoryPermit permit;
   permit.ask(kernel, BackwardShared<Traits>::kBytes);
-  const int together = grid.pairs ? 2 : 1;  // CTAs that work on neighbouring tiles: the schedule's one
-  const PersistentSchedule schedule =
-      backward_schedule<Traits>(p, together * Traits::kKeys, multiprocessor_count() / together);
+  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count());
   if (schedule.works() > INT32_MAX - (1 << 20))
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
   if (schedule.works() == 0) return;
   const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeCooperative;  // who waits for turns needs the others to be there
-  attributes[0].val.cooperative = accumulator.turns != nullptr && schedule.tiles > 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = together;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  const unsigned count = grid.pairs ? 2 : 1;
-  cudaLaunchConfig_t config{
-      dim3(grid.ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes, stream, attributes, count};
+  cudaLaunchAttribute cooperative;  // who waits for turns needs the others to be there
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = accumulator.turns != nullptr && schedule.tiles > 1;
+  cudaLaunchConfig_t config{dim3(grid.ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
+                            stream,          &cooperative,           1};
   check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule, grid.rotates), "backward");
 }
 

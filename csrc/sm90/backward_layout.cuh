@@ -7,7 +7,6 @@
 
 #include "attention/schedule.cuh"
 #include "attention/sequence.h"
-#include "instructions/cluster.cuh"
 #include "portable/dq_accumulator.h"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
@@ -28,7 +27,6 @@ struct BackwardPlan {
   int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
   Sequence sequence;
   KeyRange all[2];  // for each warpgroup's keys the queries that see all of them
-  bool has_keys;    // of a pair of CTAs one may have none, and goes through the other's steps all the same
 
   __device__ bool empty() const { return begin == end; }
 };
@@ -90,7 +88,6 @@ struct BackwardTraits {
   static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, DROPOUT, EXTRAS);
   static constexpr int kQueries = kConfig.queries;
   static constexpr bool kTurns = kConfig.turns;
-  static constexpr bool kPairs = false;  // of CTAs
   // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
@@ -122,7 +119,7 @@ struct BackwardTraits {
 // By a warp: each lane works out a part.
 template <class Traits>
 __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
-                                          const PersistentSchedule::Work& work, bool rotates, bool pairs) {
+                                          const PersistentSchedule::Work& work, bool rotates) {
   const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
   if (lane < Traits::kWarpgroups) {
     const int from = j0 + 64 * lane, to = from + 64;
@@ -131,20 +128,8 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
       all = {sequence.queries_of(p, to - 1, to).begin, sequence.queries_of(p, from, from + 1).end};
     plan.all[lane] = all;
   } else if (lane == Traits::kWarpgroups) {
-    const auto queries_of_tile = [&](int first) {
-      const int from = max(first, sequence.key_begin), to = min(first + Traits::kKeys, sequence.key_end);
-      return from < to ? sequence.queries_of(p, from, to) : KeyRange{0, 0};
-    };
-    KeyRange seen = queries_of_tile(j0);
-    plan.has_keys = max(j0, sequence.key_begin) < min(j0 + Traits::kKeys, sequence.key_end);
-    if (Traits::kPairs && pairs) {  // both CTAs meet all queries that see keys of either
-      const KeyRange others = queries_of_tile((work.tile ^ 1) * Traits::kKeys);
-      if (seen.empty()) {
-        seen = others;
-      } else if (!others.empty()) {
-        seen = {min(seen.begin, others.begin), max(seen.end, others.end)};
-      }
-    }
+    const int from = max(j0, sequence.key_begin), to = min(j0 + Traits::kKeys, sequence.key_end);
+    const KeyRange seen = from < to ? sequence.queries_of(p, from, to) : KeyRange{0, 0};
     const int group = p.heads_q / p.heads_k;
     plan.begin = seen.begin / Traits::kQueries * Traits::kQueries;
     plan.end = seen.empty() ? plan.begin : (seen.end + Traits::kQueries - 1) / Traits::kQueries * Traits::kQueries;
@@ -274,23 +259,20 @@ struct BackwardMaps {
   }
 };
 
-// Under a causal mask the first keys are seen by the most queries. keys: of a tile or a pair of them; workers: CTAs or
-// pairs of them.
-template <class Traits>
-PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int workers) {
+// Under a causal mask the first keys are seen by the most queries. Heads come in sections whose Q, dO and float32
+// accumulators lie in the L2 cache together, and which fill a round: with 64 MB of them S 1024 at D 64 ran at 202
+// instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 over 128, whose tiles move as many bytes for half of the
+// keys. In a fixed order of the additions CTAs that share one wait for each other: fewer do.
+inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas) {
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
   if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
-    const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_q)} * (p.head_dim + p.head_dim_v) * (p.heads_q / p.heads_k);
-    // Over 128 the float32 accumulator of dQ counts too, and four CTAs for each head are not enough to share what comes
-    // from memory: sixteen, if a section still has two rounds of work. The fixed order of the additions is as it was
-    // measured: the more share, the more wait for turns.
-    const int ctas = workers * (keys / Traits::kKeys);
-    const bool narrow = Traits::kHeadDim > 128 && !p.deterministic;
-    const int64_t heads =
-        narrow ? std::max({(16 << 20) / bytes, int64_t{ctas / 16}, int64_t{2 * workers / schedule.tiles}, int64_t{1}})
-               : std::max<int64_t>((32 << 20) / bytes, ctas / 4);
+    const int64_t rows = int64_t{std::max(1, p.seqlen_q)} * (p.heads_q / p.heads_k);
+    const int64_t loaded = 2 * rows * (p.head_dim + p.head_dim_v), summed = 4 * rows * p.head_dim;
+    int64_t heads = std::max({(16 << 20) / (loaded + summed), int64_t{ctas / (keys < 128 ? 16 : 8)},
+                              int64_t{ctas / schedule.tiles}, int64_t{1}});
+    if (p.deterministic) heads = std::max<int64_t>((32 << 20) / loaded, ctas / 4);
     schedule.first_is_longest = true;
-    schedule.sort_by_length(heads, workers);
+    schedule.sort_by_length(heads, ctas);
   }
   return schedule;
 }

@@ -21,32 +21,20 @@ __device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, c
   }
 }
 
-// This CTA's work of a round. To the schedule a pair of CTAs is one, and so are the two tiles that they own.
-template <class Traits>
-__device__ __forceinline__ PersistentSchedule::Work work_of_round(const PersistentSchedule& schedule, int round,
-                                                                  bool pairs) {
-  if (!Traits::kPairs || !pairs) return schedule.work(round);
-  PersistentSchedule::Work work = schedule.work(round, blockIdx.x / 2, gridDim.x / 2);
-  if (work.tile >= 0) work.tile = 2 * work.tile + cluster_rank();
-  return work;
-}
-
 template <class Traits>
 __device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule, bool rotates,
                                            const BackwardShared<Traits>& shared) {
-  const bool pairs = Traits::kPairs && cluster_size() == 2;
   uint32_t n = 0;  // pieces of work so far
   for (int round = 0;; ++round) {
-    const PersistentSchedule::Work work = work_of_round<Traits>(schedule, round, pairs);
+    const PersistentSchedule::Work work = schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
-    const int first_tile = pairs ? work.tile & ~1 : work.tile;  // both CTAs of a pair go on, or none
-    if (!last && first_tile * Traits::kKeys >= sequence.len_k) continue;
+    if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
     // A plan may be made before its keys have a place: they come when the piece of work two before gives its own back,
     // and that one waits for this plan's first step where it has a single step itself.
     if (n + Traits::kKeyStages >= 3) shared.k.wait_empty(n + Traits::kKeyStages - 3);
     BackwardPlan& plan = shared.plan(n);
-    make_plan<Traits>(plan, p, sequence, work, rotates, pairs);
+    make_plan<Traits>(plan, p, sequence, work, rotates);
     __syncwarp();
     if (!last && plan.empty()) {
       store_zero_gradients<Traits>(p, plan);

@@ -16,15 +16,6 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap& map,
     tma_load_4d(tile + block * Tile::kBlockBytes, &map, barrier, column + 64 * block, row, head, batch);
 }
 
-// A pair of CTAs that want the same tile at the same place: each brings every other box, from its first on, to both.
-template <class Tile>
-__device__ __forceinline__ void load_boxes_for_pair(uint32_t tile, const CUtensorMap& map, uint32_t barrier,
-                                                    int first_box, int row, int head, int batch) {
-#pragma unroll 1
-  for (int block = first_box; block < Tile::kBlocks; block += 2)
-    tma_load_4d_to_ctas(tile + block * Tile::kBlockBytes, &map, barrier, 3, 64 * block, row, head, batch);
-}
-
 // A warp zeroes the rows of a tile outside [begin, end).
 template <class Tile>
 __device__ __forceinline__ void zero_rows_outside(uint32_t tile, int begin, int end) {

@@ -2,7 +2,7 @@
 // registers, so a CTA owns 64 keys, and its two warpgroups do not divide them: one computes S, P and dV, the other dP,
 // dS and dK. P goes from the first to the second through shared memory, dS to both, for dQ, of which each computes half
 // of the columns one step late. So the warpgroups run half a step apart, and one's exponentials or stores hide behind
-// the other's products. CTAs may come in pairs (backward_grid.h) that load Q and dO together.
+// the other's products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -312,8 +312,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  const bool pairs = cluster_size() == 2;
-  if (pairs) cluster_barrier();  // the other CTA may arrive at the barriers from now on
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
@@ -330,10 +328,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else {
       consume_wide<Role::kDk>(p, maps, shared);
     }
-  }
-  if (pairs) {  // the other CTA may still be sent tiles from here
-    __syncwarp();
-    cluster_barrier();
   }
 }
 

@@ -15,7 +15,6 @@ struct WideTraits {
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
   static constexpr bool kExtras = EXTRAS;
-  static constexpr bool kPairs = true;  // of CTAs, where the launch makes them
   static constexpr int kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = backward_keys(HEAD_DIM), kQueries = 64;
@@ -64,8 +63,8 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   using Douts = Ring<Traits::kDoutStages>;
   using Scores = Ring<Traits::kScoreStages>;
   using Single = Ring<1>;
-  static constexpr int kBytes = kBarriers + Plans::kBytes + Pair::kBytes + Douts::kBytes + Scores::kBytes +
-                                6 * Single::kBytes + 8 + Ring<2>::kBytes;
+  static constexpr int kBytes =
+      kBarriers + Plans::kBytes + Pair::kBytes + Douts::kBytes + Scores::kBytes + 6 * Single::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
@@ -77,8 +76,6 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   Scores ds;
   Single probabilities, bias, dv_dq, dk_dq;
   uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
-  // Of a pair of CTAs: the other has a place for a tile, and expects it. One barrier for Q, one for dO.
-  Ring<2> meetings;
 
   __device__ explicit BackwardShared(char* memory)
       : memory(memory),
@@ -93,8 +90,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
         bias(probabilities.barriers + Single::kBytes),
         dv_dq(bias.barriers + Single::kBytes),
         dk_dq(dv_dq.barriers + Single::kBytes),
-        landed(dk_dq.barriers + Single::kBytes),
-        meetings(landed + 8) {}
+        landed(dk_dq.barriers + Single::kBytes) {}
 
   __device__ void init() const {
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
@@ -109,13 +105,6 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
     dv_dq.init(1, warps(Traits::kGroupWarps));
     dk_dq.init(1, warps(Traits::kGroupWarps));
     mbarrier_init(landed, 1);
-    meetings.init(1);
-  }
-  // By one thread, which has a place for the tile and expects it: returns when that of the other CTA has come as far.
-  // That one may then be a tile ahead, and no more: two barriers, used in turns, are enough.
-  __device__ __forceinline__ void meet(uint32_t meeting) const {
-    mbarrier_arrive_in_cluster(address_in_cluster(meetings.full(meeting), cluster_rank() ^ 1));
-    mbarrier_wait(meetings.full(meeting), meetings.parity(meeting));
   }
   __device__ BackwardPlan& plan(uint32_t n) const {
     return reinterpret_cast<BackwardPlan*>(memory + Traits::kPlan)[n % Traits::kPlans];

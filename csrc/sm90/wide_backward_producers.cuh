@@ -8,8 +8,7 @@
 namespace hf_flash::sm90 {
 
 // For each plan Q, the bias and dO of each step; K and V beside the first step's, in the order in which the piece of
-// work before gives their places back. A pair of CTAs, which have the same steps, meets for each tile of Q and dO: when
-// both have a place for it, each loads half of the columns for both.
+// work before gives their places back.
 template <class Traits>
 __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const BackwardMaps& maps,
                                                 const BackwardShared<Traits>& shared) {
@@ -17,16 +16,17 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
   using QueryTile = typename Traits::QueryTile;
   static_assert(KeyTile::kBytes == QueryTile::kBytes);
   uint32_t step = 0, landed_parity = 0;
-  const bool leader = elect_one(), pairs = cluster_size() == 2;
+  const bool leader = elect_one();
 
   // A tile of rows first .. of the storage. Tiles with rows of other sequences or of padding, outside [begin, end), are
   // cleaned before the consumers hear of them: 0 * NaN.
-  const auto load = [&](uint32_t tile, uint32_t full, bool dirty, int begin, int end, auto&& start) {
+  const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, bool dirty, int first, int head,
+                        int batch, int begin, int end) {
     const uint32_t barrier = dirty ? shared.landed : full;
     __syncwarp();  // a lane that came late could find the phase over twice
     if (leader) {
       mbarrier_arrive_expect_bytes(barrier, QueryTile::kBytes);
-      start(barrier);
+      load_tile<QueryTile>(tile, map, barrier, first, head, batch);
     }
     if (!dirty) return;
     mbarrier_wait(shared.landed, landed_parity);
@@ -42,32 +42,19 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
     if (plan.j0 < 0) return;
     const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
       const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
-      load(tile, full, dirty, plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0,
-           [&](uint32_t barrier) {
-             load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0,
-                                coordinate_of(rows.head, plan.kv_head), coordinate_of(rows.batch, plan.batch));
-           });
+      load(tile, map, full, dirty, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
+           coordinate_of(rows.batch, plan.batch), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
     };
     bool has_keys = false;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
       const int head = uniform(walk.head), i0 = uniform(walk.i0);
-      const auto load_queries = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full,
-                                    uint32_t meeting) {
+      const auto load_queries = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
         const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
-        load(tile, full, dirty, plan.sequence.query_begin - i0, plan.sequence.query_end - i0, [&](uint32_t barrier) {
-          const int row = plan.sequence.first_q + i0, head_at = coordinate_of(rows.head, head),
-                    batch_at = coordinate_of(rows.batch, plan.batch);
-          if (pairs) {
-            shared.meet(meeting);
-            // Of three boxes the first CTA loads two of Q and one of dO.
-            load_boxes_for_pair<QueryTile>(tile, map, barrier, (cluster_rank() + meeting) % 2, row, head_at, batch_at);
-          } else {
-            load_tile<QueryTile>(tile, map, barrier, row, head_at, batch_at);
-          }
-        });
+        load(tile, map, full, dirty, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
+             coordinate_of(rows.batch, plan.batch), plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
       };
       shared.steps.wait_empty(step);
-      load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step), 2 * step);
+      load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
       if (Traits::kExtras && maps.terms.copies_bias) {
         shared.bias.wait_empty(step);
         __syncwarp();
@@ -83,7 +70,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
         load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
       }
       shared.dout.wait_empty(step);
-      load_queries(shared.dout_tile(step), maps.dout, p.dout, shared.dout.full(step), 2 * step + 1);
+      load_queries(shared.dout_tile(step), maps.dout, p.dout, shared.dout.full(step));
       if (!has_keys) {
         shared.k.wait_empty(n);
         load_keys(shared.k_tile(), maps.k, p.k, shared.k.full(n));
@@ -119,11 +106,6 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Dq
       continue;
     }
     const BackwardPlan& plan = shared.plan(at.plan);
-    if (!plan.has_keys) {  // nor a turn
-      mbarrier_arrive(ring.empty(place));
-      ++place;
-      continue;
-    }
     const Sequence& sequence = plan.sequence;
     int32_t* turns = nullptr;
     if (accumulator.turns != nullptr) {

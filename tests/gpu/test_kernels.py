@@ -127,8 +127,8 @@ def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim, seqlen_k", [(160, 100), (160, 1060), (256, 100), (256, 1000), (256, 1060)])
-def test_key_tiles_side_by_side(head_dim, seqlen_k, deterministic):
-    """On Hopper two tiles of 64 keys walk the same queries: one or both are empty or end early, and 1060 has 17."""
+def test_every_key_tile_over_128(head_dim, seqlen_k, deterministic):
+    """Over 128 Hopper's tiles have 64 keys: some see no query, one key or a part, and 1060 keys have 17 tiles."""
     q, k, v = make_qkv("cuda", torch.bfloat16, 6, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
     keys = [[0, seqlen_k], [0, 0], [60, 61], [64, seqlen_k - 10], [0, 64], [70, 90]]
     rows = [[0, 450], [0, 450], [13, 200], [0, 450], [64, 128], [300, 450]]
