@@ -42,19 +42,19 @@ __device__ __forceinline__ float2 unpack<BFloat16>(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
 }
 
-// Negative numbers of a pair become 0.
+// Negative numbers of a pair become 0; NaN stays.
 template <class T>
 __device__ __forceinline__ uint32_t positive_part(uint32_t pair);
 
 template <>
 __device__ __forceinline__ uint32_t positive_part<Half>(uint32_t pair) {
-  const __half2 x = __hmax2(reinterpret_cast<const __half2&>(pair), __half2{0.0f, 0.0f});
+  const __half2 x = __hmax2_nan(reinterpret_cast<const __half2&>(pair), __half2{0.0f, 0.0f});
   return reinterpret_cast<const uint32_t&>(x);
 }
 
 template <>
 __device__ __forceinline__ uint32_t positive_part<BFloat16>(uint32_t pair) {
-  const __nv_bfloat162 x = __hmax2(reinterpret_cast<const __nv_bfloat162&>(pair), __nv_bfloat162{0.0f, 0.0f});
+  const __nv_bfloat162 x = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(pair), __nv_bfloat162{0.0f, 0.0f});
   return reinterpret_cast<const uint32_t&>(x);
 }
 

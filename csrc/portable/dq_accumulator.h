@@ -21,7 +21,7 @@ struct DqAccumulator {
   int32_t columns = 0;       // head_dim rounded up to what the kernel computes, a multiple of 32
   bool packed = false;
   // The first turn stores its tile and the last one writes dq, of rows that are computed and see keys. So nothing here
-  // has to be zeroed but the turns; nobody writes the other rows of dq.
+  // has to be zeroed but the turns; the kernel of the row sums writes zeros to the other rows of dq.
   bool finishes_dq = false;
 
   DqAccumulator() = default;

@@ -1,8 +1,8 @@
 // Backward for Hopper (FlashAttention-3, Shah et al. 2024, in its outer shape): a CTA owns 128 keys, two warpgroups of
 // 64, and walks the query tiles that see them, for every query head of the group, so dK and dV need no reduction.
 // Scores are computed transposed, keys as rows: P and dS stay in registers as operands of dV and dK. Only dS goes
-// through shared memory, for dQ, which is added in float32 to global memory one step late: so neither warpgroup waits
-// for the other.
+// through shared memory, for dQ, which leaves one step late: added in float32 to global memory or, in the last of fixed
+// turns, written as dq. The warpgroups take turns at the tensor cores.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -114,6 +114,7 @@ struct BackwardTraits {
   static constexpr int kTarget = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kStep = kTarget + static_cast<int>(sizeof(DqTarget));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
+  static_assert(kPlan % alignof(BackwardPlan) == 0);
 };
 
 // By a warp: each lane works out a part.

@@ -72,6 +72,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
     const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
       const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
       const uint32_t barrier = dirty ? shared.landed : full;
+      __syncwarp();  // a lane that came late could find the phase over twice
       if (leader) {
         mbarrier_arrive_expect_bytes(barrier, KeyTile::kBytes);
         load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
@@ -100,6 +101,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
                              coordinate_of(rows.batch, plan.batch));
       };
       shared.steps.wait_empty(step);
+      __syncwarp();
       if (leader) {
         mbarrier_arrive_expect_bytes(barrier, 2 * QueryTile::kBytes);
         load(q_tile, maps.q, p.q);
@@ -119,6 +121,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
       }
       if (Traits::kExtras && maps.terms.copies_bias) {
         shared.ds.wait_empty(step);
+        __syncwarp();
         if (leader) {
           mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
           load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
@@ -238,8 +241,8 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, c
   }
 }
 
-// Adds each step's dQ to the accumulator by TMA, which holds up nobody. In deterministic mode the key tiles of a query
-// tile take turns. Where the last turn finishes dq, which the consumers do, the first one stores instead.
+// Adds each step's dQ to the accumulator by TMA, which holds up nobody. Where the order is fixed the key tiles of a
+// query tile take turns. Where the last turn finishes dq, which the consumers do, the first one stores instead.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
                                        const BackwardShared<Traits>& shared) {

@@ -50,7 +50,7 @@ constexpr int backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 // 64, S 128 +63 %, 256 +35 %, 512 +5 %, 1024 -5 %.
 constexpr int kFinishedKeys = 512;
 
-// Two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
+// Up to D 128: two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short
   bool turns;   // warpgroups take turns at the tensor cores
@@ -63,7 +63,7 @@ constexpr BackwardConfig backward_config(int head_dim, bool dropout, bool extras
   return {head_dim <= 64 && !dropout && !extras ? 128 : 64, true};
 }
 
-// Registers a thread of the producer and of the consumers: setmaxnreg's share of 65536.
+// The forward's registers a thread, of the producer and of the consumers: setmaxnreg's share of 65536.
 constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }
 constexpr int consumer_registers(int warpgroups) { return warpgroups == 2 ? 240 : 160; }
 

@@ -1,8 +1,8 @@
 // Forward for Hopper: FlashAttention-3 (Shah et al. 2024) with TMA and wgmma. A CTA stays on its SM and takes one tile
 // of query rows after the other. One producer warp copies Q, K and V into rings of shared memory; each consumer
-// warpgroup owns 64 of the rows. While the exponentials of key tile j are taken, the tensor cores already multiply Q by
-// the keys of tile j - 1, and the warpgroups take turns at them, so that one's softmax hides behind the others'
-// products.
+// warpgroup owns 64 of the rows. Q K^T of a key tile starts beside P V of the tile before, and the warpgroups take
+// turns at the tensor cores, so that one's softmax hides behind the others' products; whether it also hides behind its
+// own P V is a choice of the tile (config.h).
 #pragma once
 
 #include <cuda_runtime.h>

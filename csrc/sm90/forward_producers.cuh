@@ -65,6 +65,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
       if (leader) mbarrier_arrive(shared.q.full(n));
       return;
     }
+    __syncwarp();
     if (leader) {
       mbarrier_arrive_expect_bytes(shared.q.full(n), Traits::QTile::kBytes);
       load_tile<typename Traits::QTile>(shared.q_tile(n), maps.q, shared.q.full(n), plan.sequence.first_q + plan.row0,
@@ -73,6 +74,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
 
     const int kv_head = plan.head / (p.heads_q / p.heads_k);
     const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t barrier, int j0) {
+      __syncwarp();  // a lane that came late could find the phase over twice
       if (!leader) return;
       mbarrier_arrive_expect_bytes(barrier, KVTile::kBytes);
       load_tile<KVTile>(tile, map, barrier, plan.sequence.first_k + j0, coordinate_of(rows.head, kv_head),
@@ -81,6 +83,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
     const auto load_bias = [&](int tile, uint32_t place) {
       if (!Traits::kExtras || !maps.scores.copies_bias) return;
       shared.scores.wait_empty(place);
+      __syncwarp();
       if (!leader) return;
       mbarrier_arrive_expect_bytes(shared.scores.full(place), Traits::ScoreTile::kBytes);
       load_tile<typename Traits::ScoreTile>(shared.score_tile(place), maps.bias, shared.scores.full(place), plan.row0,

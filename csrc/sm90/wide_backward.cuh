@@ -242,7 +242,7 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
   WideWarpgroup<Traits, ROLE> state(p, maps, shared);
   uint32_t step = 0;  // place in the rings
   // The second slice of the step before.
-  const auto finish_dq = [&](uint32_t first) {
+  const auto finish_second_slice = [&](uint32_t first) {
     wgmma_wait<0>();
     wgmma_settle(state.dq1);
     if (step == first) return;
@@ -280,9 +280,9 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
       state.template start_dq<1>(step - 1);
       wgmma_wait<Traits::kExtras ? 0 : 1>();
       wgmma_settle(state.scores);
-      if (Traits::kExtras) finish_dq(first);  // their terms need the registers
+      if (Traits::kExtras) finish_second_slice(first);  // their terms need the registers
       state.finish_scores(step + 1);
-      if (!Traits::kExtras) finish_dq(first);
+      if (!Traits::kExtras) finish_second_slice(first);
     }
     if (kOwnsDv) shared.dout.wait_full(step);
     state.start_sum(step);

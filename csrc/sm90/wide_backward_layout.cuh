@@ -51,6 +51,7 @@ struct WideTraits {
   static constexpr int kValues = kDq + kWarpgroups * kSliceBytes;
   static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
+  static_assert(kPlan % alignof(BackwardPlan) == 0);
 };
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>

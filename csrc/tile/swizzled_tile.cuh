@@ -22,9 +22,9 @@ struct SwizzledTile {
     return chunk / 8 * kBlockBytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
 
-  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024, in uniform registers,
-  // where wgmma wants it: moved there one by one, descriptors took half of the instructions. Leading: between
-  // blocks of 64 columns, read only where the columns are the operand's rows.
+  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024, in uniform
+  // registers, where wgmma wants it: moved there one by one, descriptors took half of the instructions. Leading:
+  // between blocks of 64 columns, read only where the columns are the operand's rows.
   __device__ static uint32_t descriptor(uint32_t address) {
     return uniform(uint32_t{kBlockBytes / 16 << 16 | address >> 4});
   }

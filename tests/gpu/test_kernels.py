@@ -145,7 +145,7 @@ def test_every_key_tile_over_128(head_dim, seqlen_k, deterministic):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("seqlen", [128, 200, 512, 1000])
+@pytest.mark.parametrize("seqlen", [128, 200, 384, 512])  # up to kFinishedKeys of csrc/sm90/config.h
 def test_short_gradients_have_the_same_bits(head_dim, seqlen):
     """On Hopper, without being asked: the key tiles of a head take turns there, and the last one writes dq."""
     if torch.cuda.get_device_capability()[0] != 9 or os.environ.get("HF_FLASH_ARCH") == "sm80":
