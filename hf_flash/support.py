@@ -78,7 +78,7 @@ def gpu_reason(device_index: int | None) -> tuple[str, str] | None:
 
 
 def kernel_name(device: torch.device) -> str:
-    """Which of csrc's folders serves such calls, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
+    """Which of csrc's folders serves calls on a device, as ``csrc/dispatch.cu`` chooses it: "cpu", "sm80" or "sm90".
 
     "none" where HF_FLASH_ARCH forces kernels that the device cannot run, and calls raise.
     """

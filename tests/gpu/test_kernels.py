@@ -221,13 +221,16 @@ def test_250_repeats(head_dim, deterministic, rows_and_keys):
                 torch.testing.assert_close(again[name], first[name], rtol=2e-2, atol=4e-3 * scale)
 
 
+@pytest.mark.parametrize("causal", [True, False])  # not: short calls whose last turn writes dq
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_cuda_graph(dropout_p):
+def test_cuda_graph(dropout_p, head_dim, causal):
     """Captured forward and backward replay on new inputs; replays draw new dropout masks from the generator."""
-    leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 2, 100, 130, heads=4, heads_k=2)]
+    shape = {"heads": 4, "heads_k": 2, "head_dim": head_dim}
+    leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 2, 100, 130, **shape)]
 
     def step():
-        out = flash_attention(*leaves, causal=True, dropout_p=dropout_p, deterministic=True)
+        out = flash_attention(*leaves, causal=causal, dropout_p=dropout_p, deterministic=True)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     side = torch.cuda.Stream()
@@ -240,9 +243,7 @@ def test_cuda_graph(dropout_p):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for old, new in zip(
-            leaves, make_qkv("cuda", torch.float16, 2, 100, 130, heads=4, heads_k=2, seed=5), strict=True
-        ):
+        for old, new in zip(leaves, make_qkv("cuda", torch.float16, 2, 100, 130, **shape, seed=5), strict=True):
             old.copy_(new)
     graph.replay()
     first = [t.clone() for t in captured]

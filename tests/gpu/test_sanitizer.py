@@ -25,7 +25,7 @@ def sees_every_order():
 
     There one lane arrives at a barrier for its warp, behind a __syncwarp; racecheck does not see that, and calls each
     such use of shared memory a hazard. A library for it lets every lane arrive (csrc/sm90/pipeline.cuh):
-    ``NVCC_APPEND_FLAGS=-DHF_FLASH_EVERY_LANE_ARRIVES pip install .``
+    ``NVCC_APPEND_FLAGS=-DHF_FLASH_EVERY_LANE_ARRIVES make build``.
     """
     return bool(ctypes.CDLL(ops.LIBRARIES["cuda"]).hf_flash_every_lane_arrives())
 

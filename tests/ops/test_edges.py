@@ -204,6 +204,21 @@ def test_the_same_tensor_three_times(device, dtype):
     torch.testing.assert_close(x.grad, sum(t.grad for t in parts), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_visible_nan_is_seen_in_every_gradient(device, dtype, dropout_p, head_dim):
+    """A query of NaN: its own row, and every key's gradients, for all of them see it."""
+    q, k, v = make_qkv(device, dtype, 1, 70, 90, head_dim=head_dim)
+    q[0, 3] = math.nan
+    dropout = {"dropout_p": dropout_p, "dropout_seed": seed_tensor(1, device)} if dropout_p else {}
+    got = run(q, k, v, dropout)
+    assert got["out"][0, 3].isnan().all() and got["dq"][0, 3].isnan().all()
+    assert got["dk"].isnan().all()
+    assert got["dv"].isnan().any(-1).any(1).all() if dropout_p else got["dv"].isnan().all()
+    rows = [i for i in range(70) if i != 3]
+    assert not got["out"][0, rows].isnan().any() and not got["dq"][0, rows].isnan().any()
+
+
 @pytest.mark.parametrize("value", [1e-30, 60000.0, 1e30])
 def test_large_and_small_values(device, dtype, value):
     """Rows whose scores are far apart stay finite: the maximum is subtracted before exponentials.

@@ -1,0 +1,65 @@
+"""csrc/sm90/backward_grid.h decides on the host, so it is compiled and asked here, without a GPU."""
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CXX = os.environ.get("CXX", "c++")
+PROGRAM = """#include "sm90/backward_grid.h"
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** x) {
+  hf_flash::AttentionParams p{};
+  p.heads_q = p.heads_k = 12;
+  p.batch = 8;
+  p.seqlen_q = std::atoi(x[1]);
+  p.seqlen_k = std::atoi(x[2]);
+  p.window_left = -1;
+  p.window_right = std::atoi(x[3]);
+  p.deterministic = std::atoi(x[4]);
+  const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
+  std::printf("%d %d %d", grid.ctas, grid.rotates, grid.finishes_dq);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) -> (ctas, rotates, finishes_dq) on 132 SMs."""
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "grid.cpp").write_text(PROGRAM)
+    subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)
+
+    def ask(*arguments):
+        words = [str(int(x)) for x in arguments]
+        return tuple(map(int, subprocess.check_output([folder / "grid", *words], text=True).split()))
+
+    return ask
+
+
+def test_short_calls_finish_dq(grid):
+    assert grid(512, 512, -1, False, 64) == (132, 1, 1)
+    assert grid(512, 513, -1, False, 64)[1:] == (0, 0)  # too long for its waits
+    assert grid(300, 512, -1, False, 64)[1:] == (0, 0)  # four tiles of keys, three of queries: two would start at one
+    assert grid(512, 512, 0, False, 64)[1:] == (0, 0)  # a causal mask
+    assert grid(512, 512, -1, False, 256)[1:] == (0, 0)  # tiles of 64 keys add
+
+
+def test_a_fixed_order_has_whole_heads_at_once(grid):
+    assert grid(2048, 2048, -1, True, 128) == (128, 1, 1)
+    assert grid(2048, 2048, -1, True, 256) == (128, 1, 0)
+    assert grid(2048, 2048, 0, True, 128) == (132, 0, 0)
+    assert grid(90, 9000, -1, True, 64)[1:] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
+    for seqlen, head_dim in itertools.product((100, 640, 1500, 4096, 20000), (64, 256)):
+        ctas, rotates, finishes = grid(seqlen, seqlen, -1, True, head_dim)
+        tiles = -(-seqlen // (128 if head_dim <= 128 else 64))
+        assert not rotates or ctas % tiles == 0
+        assert not finishes or rotates
+
+
+def test_nothing_to_do(grid):
+    assert grid(512, 0, -1, True, 64) == (0, 0, 0)
