@@ -109,7 +109,7 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     file = NinjaFile(folder)
     toolkit = nvcc.resolve().parent.parent  # PyPI's toolkit has lib where nvcc looks for lib64
     file.compiler("cxx", f"{CXX} {HOST} -O2 -DHF_FLASH_CUDA {TORCH_TARGET} -I{CSRC} -isystem {torch}/include")
-    flags = f"{NVCC} {os.environ.get('NVCC_APPEND_FLAGS', '')}".rstrip()  # which nvcc reads itself; ninja sees them here
+    flags = f"{NVCC} {os.environ.get('NVCC_APPEND_FLAGS', '')}".rstrip()  # which nvcc reads: ninja must see them
     file.compiler("nvcc", f"{nvcc} {flags} -I{CSRC} {GENCODE}", log=True)
     file.compiler("nvcc_sm90", f"{nvcc} {flags} -I{CSRC} {GENCODE_SM90}", log=True)
     for source in map(Path, instances.generate(folder)):
