@@ -16,9 +16,7 @@ _LAST_NEEDED = "transformers.modeling_utils"  # every model class imports it, af
 
 def _register() -> None:
     try:
-        from . import backend
-
-        backend.install()
+        from . import backend  # noqa: F401  registers itself at its end, which may lie ahead: see there
     except Exception as error:  # an old Transformers must stay usable without us
         logging.getLogger("hf_flash").warning(
             "attn_implementation='hf_flash' is not available: %s: %s; transformers >= 5.0 is needed",

@@ -393,3 +393,8 @@ def install() -> None:
     PreTrainedModel.set_attn_implementation = _check_switch(PreTrainedModel.set_attn_implementation)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
+
+
+# At the end and not by autoload.py alone: where this file is what imports Transformers' modeling code, autoload hears
+# of that while only half of this file has been executed.
+install()

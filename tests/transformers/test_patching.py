@@ -190,6 +190,9 @@ def test_import_order_does_not_matter():
         "import hf_flash, sys\nassert 'transformers' not in sys.modules\nimport transformers\n",
         "import transformers, hf_flash\n",
         "import transformers, transformers.modeling_utils, hf_flash\n",
+        "import transformers\nfrom hf_flash import patch_model\n",  # imports the modeling code itself
+        "import transformers\nfrom hf_flash import FlashAttentionCallback\n",
+        "from hf_flash import explain\nimport transformers\n",
     ):
         subprocess.run([sys.executable, "-c", first + body], check=True, timeout=300)
 
