@@ -41,12 +41,8 @@ struct BackwardWarpgroup {
   }
 
   // Turns at the tensor cores.
-  __device__ __forceinline__ void wait_for_turn() const {
-    if (Traits::kTurns) named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
-  }
-  __device__ __forceinline__ void pass_turn() const {
-    if (Traits::kTurns) named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads);
-  }
+  __device__ __forceinline__ void wait_for_turn() const { named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads); }
+  __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
 
   // n: place of the piece of work; step: place of the step. V has one place alone.
   __device__ __forceinline__ void start_scores(uint32_t n, uint32_t step) {

@@ -85,9 +85,7 @@ struct BackwardTraits {
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
   static_assert(kKeys == backward_keys(HEAD_DIM));
-  static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, DROPOUT, EXTRAS);
-  static constexpr int kQueries = kConfig.queries;
-  static constexpr bool kTurns = kConfig.turns;
+  static constexpr int kQueries = backward_config(HEAD_DIM, DROPOUT, EXTRAS).queries;
   // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;

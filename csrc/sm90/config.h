@@ -53,14 +53,13 @@ constexpr int kFinishedKeys = 512;
 // Up to D 128: two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short
-  bool turns;   // warpgroups take turns at the tensor cores
 };
 
 constexpr BackwardConfig backward_config(int head_dim, bool dropout, bool extras) {
 #ifdef HF_FLASH_SM90_BACKWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_BACKWARD_CONFIG;
 #endif
-  return {head_dim <= 64 && !dropout && !extras ? 128 : 64, true};
+  return {head_dim <= 64 && !dropout && !extras ? 128 : 64};
 }
 
 // The forward's registers a thread, of the producer and of the consumers: setmaxnreg's share of 65536.
