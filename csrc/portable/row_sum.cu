@@ -51,11 +51,13 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t i = first_row + r + threadIdx.x / kLanes;
     if (i - threadIdx.x / kLanes >= sequence.len_q) break;
     const int64_t row = sequence.first_q + i;
-    const bool reached = sequence.computes(i) && sequence.key_begin < sequence.key_end;
-    if (accumulator.finishes_dq && !reached && i < sequence.len_q) {
-      auto* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head + row * p.dq.row;
-      for (int32_t d = lane * Vector<Element>::kSize; d < p.head_dim; d += kLanes * Vector<Element>::kSize)
-        *reinterpret_cast<uint4*>(dq + d) = uint4{0, 0, 0, 0};
+    if constexpr (sizeof(Element) == 2) {  // what the kernels that finish dq take
+      const bool reached = sequence.computes(i) && sequence.key_begin < sequence.key_end;
+      if (accumulator.finishes_dq && !reached && i < sequence.len_q) {
+        auto* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head + row * p.dq.row;
+        for (int32_t d = lane * Vector<Element>::kSize; d < p.head_dim; d += kLanes * Vector<Element>::kSize)
+          *reinterpret_cast<uint4*>(dq + d) = uint4{0, 0, 0, 0};
+      }
     }
     Sum sum = 0;
     if (sequence.computes(i))
