@@ -28,6 +28,7 @@ struct BackwardWarpgroup {
   const BackwardShared<Traits>& shared;
   const GradientTerms<Traits> terms;
   const int warpgroup, warp;  // warp of the warpgroup
+  uint32_t ds_lane = 0;       // this lane's row of a tile of dS
   Accumulator<16, kQueries> s, dp;
   Accumulator<16, kHeadDim> dk, dv;
   Accumulator<16, kDqColumns> dq;
@@ -38,6 +39,8 @@ struct BackwardWarpgroup {
       : p(p), shared(shared), terms{p, shared, maps.terms}, warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
     dk.clear();
     dv.clear();
+    const int lane = threadIdx.x % 32;
+    ds_lane = Traits::ScoreColumns::offset(64 * warpgroup + 16 * warp + lane % 16, lane / 16);
   }
 
   // Turns at the tensor cores.
@@ -88,13 +91,6 @@ struct BackwardWarpgroup {
     return plan.j0 + 64 * warpgroup + 16 * warp;  // of this warp
   }
 
-  // Does something have to be hidden from some of this warpgroup's keys?
-  __device__ __forceinline__ bool has_boundary(uint32_t n, uint32_t step) const {
-    const KeyRange& all = shared.plan(n).all[warpgroup];
-    const int i0 = shared.step(step).i0;
-    return i0 < all.begin || i0 + kQueries > all.end;
-  }
-
   // S and dP of a step, both under way and S first, become P and dS. n: its piece of work's place.
   __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
     const BackwardStep& at = shared.step(step);
@@ -125,15 +121,14 @@ struct BackwardWarpgroup {
       for (int k = 0; k < kQueries / 16; ++k)
         stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
     } else {
-      const int thread = opaque(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane % 16, chunk = lane / 16;
+      const uint32_t row = shared.ds_tile(step) + ds_lane;
 #pragma unroll
       for (int k = 0; k < kQueries / 16; ++k)
-        stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), ds.x[0][k]);
+        stmatrix_x4((row ^ (k % 4 * 32)) + k / 4 * Traits::ScoreColumns::kBlockBytes, ds.x[0][k]);
     }
   }
   __device__ __forceinline__ void publish_ds(uint32_t step) const {
     fence_async_proxy();
-    __syncwarp();
     shared.ds.release_full(step);
   }
 
@@ -164,18 +159,17 @@ struct BackwardWarpgroup {
     }
   }
 
-  // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add after
-  // publish_dq(). This warpgroup has blocks of 16 rows with all columns, or half of the columns of each.
-  __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
+  // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add once the place
+  // is released. This warpgroup has blocks of 16 rows with all columns, or half of the columns of each.
+  __device__ __forceinline__ void lay_out_dq(uint32_t step, bool finishes) const {
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
     const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
     const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
     const uint32_t rows =
         shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
     shared.dq.wait_full(step);
-    const DqTarget& target = shared.dq_target();
-    if (target.rows != nullptr) {
-      write_dq(target, rows, block, column_block, lane);
+    if (finishes) {
+      write_dq(shared.dq_target(), rows, block, column_block, lane);
     } else {
 #pragma unroll
       for (int n = 0; n < kDqColumns / 8; ++n) {
@@ -185,12 +179,6 @@ struct BackwardWarpgroup {
             uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
       }
     }
-  }
-  // The fence waits for the stores: there should be a product under way.
-  __device__ __forceinline__ void publish_dq(uint32_t step) const {
-    fence_async_proxy();
-    __syncwarp();
-    shared.dq.release(step);
   }
 
   // dK and dV of this warp's keys, rounded; both start again at zero.
@@ -222,27 +210,27 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   if (warpgroup == 1) state.pass_turn();  // the first turn is the first warpgroup's
   uint32_t step = 0;                      // place in the rings
   shared.steps.wait_full(step);
-  int n = uniform(shared.step(step).plan), n_before = n;  // pieces of work of this step and the one before
+  // Pieces of work of this step, the one before and the next one.
+  int n = uniform(shared.step(step).plan), n_before = n, n_next = uniform(shared.step(step).next);
   if (n < 0) return;
   shared.k.wait_full(n);
   state.start_scores(n, step);
   shared.v.wait_full(n);
-  const bool boundary = state.has_boundary(n, step);
+  const bool boundary = shared.step(step).boundary[warpgroup];
   state.start_dp(step);
   state.differentiate(n, step, boundary);
   state.lay_out_ds(step);
 
   for (;; ++step) {
     step = uniform(step);
-    shared.steps.wait_full(step + 1);
-    const int n_next = uniform(shared.step(step + 1).plan);
-    if (n_next < 0) break;
     state.publish_ds(step);
+    if (n_next < 0) break;
     state.wait_for_turn();
     state.start_dk_dv(step);
     // At the very first step this multiplies what lies in memory, and nobody looks at it.
     if (step > 0) shared.ds.wait_full(step - 1);
     state.start_dq(n_before, step - 1);
+    shared.steps.wait_full(step + 1);
     wgmma_wait<1>();  // now the registers of P and dS are free for the next S
     wgmma_settle(state.dk);
     wgmma_settle(state.dv);
@@ -260,44 +248,46 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     }
     state.start_scores(n_next, step + 1);
     if (!moves) state.pass_turn();
+    const BackwardStep& next = shared.step(step + 1);
+    const int n_after = uniform(next.next);
+    const bool boundary = next.boundary[warpgroup], finishes = shared.step(step - 1).finishes;
     wgmma_wait<1>();
     if (step > 0) {
       wgmma_settle(state.dq);
       shared.ds.release(step - 1);
-      state.lay_out_dq(step - 1);
+      state.lay_out_dq(step - 1, finishes);
       if (!early && n_before != n) shared.k.release(n_before);
     }
-    if (n_next != n) shared.v.wait_full(n_next);
-    const bool boundary = state.has_boundary(n_next, step + 1);
+    if (moves) shared.v.wait_full(n_next);
     state.start_dp(step + 1);
-    if (step > 0) state.publish_dq(step - 1);
+    if (step > 0) shared.dq.release(step - 1);  // no earlier: the stores hold it up
     state.differentiate(n_next, step + 1, boundary);
     state.lay_out_ds(step + 1);
     // No earlier: no product may be under way when the registers of dK and dV are cleared.
-    if (n_next != n) state.store(shared.plan(n));
+    if (moves) state.store(shared.plan(n));
     n_before = n;
     n = n_next;
+    n_next = n_after;
   }
 
   state.start_dk_dv(step);
-  state.publish_ds(step);
   if (step > 0) shared.ds.wait_full(step - 1);
   state.start_dq(n_before, step - 1);
   wgmma_wait<0>();
   wgmma_settle(state.dk);
   wgmma_settle(state.dv);
   wgmma_settle(state.dq);
+  state.store(shared.plan(n));
   if (step > 0) {
-    state.lay_out_dq(step - 1);
-    state.publish_dq(step - 1);
+    state.lay_out_dq(step - 1, shared.step(step - 1).finishes);
+    shared.dq.release(step - 1);
   }
   shared.ds.wait_full(step);
   state.start_dq(n, step);
   wgmma_wait<0>();
   wgmma_settle(state.dq);
-  state.lay_out_dq(step);
-  state.publish_dq(step);
-  state.store(shared.plan(n));
+  state.lay_out_dq(step, shared.step(step).finishes);
+  shared.dq.release(step);
 }
 
 template <class Traits>

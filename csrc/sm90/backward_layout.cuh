@@ -59,10 +59,13 @@ struct StepWalk {
 // its word stays while any warp may look back.
 struct BackwardStep {
   int plan;  // the piece of work's place; -1: there are no more steps
+  int next;  // the next step's, where plans are made so early
   int head, i0;
-  bool last;    // of the piece of work
-  bool lowest;  // some query sees nothing above the lowest finite numbers
-  float slope;  // ALiBi
+  bool last;         // of the piece of work
+  bool boundary[2];  // has something to be hidden from some of this warpgroup's keys?
+  bool finishes;     // dq of its queries
+  bool lowest;       // some query sees nothing above the lowest finite numbers
+  float slope;       // ALiBi
 };
 
 // Where dQ of a step goes. The warp that adds dQ says so when it gives the step the place in shared memory: all of it,
@@ -98,9 +101,9 @@ struct BackwardTraits {
 
   // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
   // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A third tile of dS lets a step's
-  // bias come while the step before is at work. Plans are made up to three pieces of work ahead of the K that is given
-  // back last; with two places K is given back early, and the warp that adds dQ may be two pieces behind that.
-  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = kKeyStages < 3 ? 8 : 4, kSteps = 8;
+  // bias come while the step before is at work. A plan's place is free when the warp that adds dQ is done with it.
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
+  static constexpr bool kPlansAhead = true;  // a step's word tells of the next one
   static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
@@ -160,8 +163,6 @@ struct BackwardShared {
   using Pair = Ring<Traits::kStages>;
   static constexpr int kBarriers =
       (Traits::kPlan + Traits::kPlans * static_cast<int>(sizeof(BackwardPlan)) + 7) / 8 * 8;
-  // Plans run ahead of K: their barriers must be as many as their places, or a warp that is late at the start would
-  // find the first phase over twice.
   using Plans = Ring<Traits::kPlans>;
   using Keys = Ring<Traits::kKeyStages>;
   using Scores = Ring<Traits::kScoreStages>;
@@ -172,7 +173,7 @@ struct BackwardShared {
 
   char* memory;
   uint32_t base;
-  Plans planned;  // only its full barriers are used: a plan is free when K is
+  Plans planned;
   Keys k;
   Single v;
   Single dq;   // filled when the place is given to a step, perhaps with sums; empty when all warps are done with it
@@ -193,7 +194,7 @@ struct BackwardShared {
         landed(bias.barriers + Scores::kBytes) {}
 
   __device__ void init() const {
-    planned.init(1, kWarpThreads);  // each lane has written a part of the plan
+    planned.init(1, kWarpThreads);  // emptied by the warp that adds dQ; each lane has written a part of the plan
     k.init(warps(Traits::kWarps));
     v.init(warps(Traits::kWarps));
     dq.init(warps(Traits::kWarps));
@@ -218,6 +219,7 @@ struct BackwardShared {
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
   }
+  __device__ __forceinline__ void wait_for_plan_place(uint32_t n) const { planned.wait_empty(n); }
   // The softcap's slopes of a step have a place: that of its dS.
   __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { ds.wait_empty(step); }
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.

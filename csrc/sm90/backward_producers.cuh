@@ -30,9 +30,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
-    // A plan may be made before its keys have a place: they come when the piece of work two before gives its own back,
-    // and that one waits for this plan's first step where it has a single step itself.
-    if (n + Traits::kKeyStages >= 3) shared.k.wait_empty(n + Traits::kKeyStages - 3);
+    shared.wait_for_plan_place(n);
     BackwardPlan& plan = shared.plan(n);
     make_plan<Traits>(plan, p, sequence, work, rotates);
     __syncwarp();
@@ -182,7 +180,23 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
         for (int r = 0; r < kRows; ++r) lowest |= row_lse[r] < kLowestBias / 4 && row_lse[r] != -CUDART_INF_F;
         lowest = any_lane(lowest);
       }
-      if (threadIdx.x % 32 == 0) shared.step(step) = {static_cast<int>(n), head, i0, walk.last(), lowest, slope};
+      int next = static_cast<int>(n);
+      if (Traits::kPlansAhead && walk.last()) {
+        shared.planned.wait_full(n + 1);
+        next = shared.plan(n + 1).j0 < 0 ? -1 : next + 1;
+      }
+      if (lane == 0) {
+        BackwardStep& at = shared.step(step);
+        at.plan = static_cast<int>(n);
+        at.next = next;
+        at.head = head;
+        at.i0 = i0;
+        at.last = walk.last();
+        for (int w = 0; w < 2; ++w) at.boundary[w] = i0 < plan.all[w].begin || i0 + Traits::kQueries > plan.all[w].end;
+        at.finishes = walk.left <= plan.finishing;
+        at.lowest = lowest;
+        at.slope = slope;
+      }
       __syncwarp();
       mbarrier_arrive(shared.steps.full(step));
     }
@@ -266,12 +280,14 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
         end_turn();  // first: those that it waits for may wait for this one
         give_place_to_finish(p, accumulator, plan, walk.head, walk.i0, shared.dq.full(step), shared);
         shared.dq.wait_empty(step + 1);
+        fence_async_proxy();
         continue;
       }
       shared.dq_target().rows = nullptr;
       mbarrier_arrive(shared.dq.full(step));
       end_turn();
       shared.dq.wait_empty(step + 1);
+      fence_async_proxy();  // here: it would hold up the consumers
       bool stores = false;
       if (accumulator.turns != nullptr) {
         turns = accumulator.turn(sequence, plan.batch, walk.head, walk.i0);
@@ -291,6 +307,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
       bulk_commit();
       bulk_wait_read<0>();
     }
+    mbarrier_arrive(shared.planned.empty(n));  // the consumers have stored dK and dV before their last dQ
   }
   end_turn();
   bulk_wait<0>();

@@ -198,8 +198,6 @@ struct WideWarpgroup {
           rows + 4 * DqAccumulator::element(n, 0, 0),
           uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
-    fence_async_proxy();
-    __syncwarp();
     shared.dq(ROLE).release_full(place);
   }
   // The step's slices one after the other, nothing else under way.

@@ -40,6 +40,7 @@ struct WideTraits {
   // barriers. With extras dQ leaves before dS is written, and the third tile is the bias's or that of the softcap's
   // slopes; a call has not both here.
   static constexpr int kStages = 2, kDoutStages = HEAD_DIM <= 192 ? 2 : 1, kKeyStages = 1, kPlans = 4, kSteps = 8;
+  static constexpr bool kPlansAhead = false;
   static constexpr int kScoreStages = EXTRAS ? 2 : 3;
   static constexpr int kV = KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
@@ -70,7 +71,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
 
   char* memory;
   uint32_t base;
-  Plans planned;  // only its full barriers are used, as in the narrower kernel
+  Plans planned;  // only its full barriers are used: a plan is free when K is
   Single k, v;
   Pair steps;  // Q, lse and row sums of a step arrive together
   Douts dout;
@@ -120,6 +121,11 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   }
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
+  }
+  // A plan may be made before its keys have a place: they come when the piece of work two before gives its own back,
+  // and that one waits for this plan's first step where it has a single step itself.
+  __device__ __forceinline__ void wait_for_plan_place(uint32_t n) const {
+    if (n >= 2) k.wait_empty(n - 2);
   }
   // A step's bias, or the slopes that its softcap left: these have P's barriers.
   __device__ uint32_t term_tile() const { return base + Traits::kTerms; }

@@ -113,6 +113,7 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Dq
       if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) continue;
       fence_async_proxy_global();
     }
+    fence_async_proxy();  // here: it would hold up the consumers
     // 16 rows of a slice lie side by side in the accumulator too.
     const int bytes = 16 * Traits::slice_columns(slice) * static_cast<int>(sizeof(float));
     float* to = accumulator.rows(sequence, plan.batch, at.head, at.i0) + 16 * Traits::slice_column(role, slice);
