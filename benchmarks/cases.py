@@ -125,11 +125,12 @@ def cases_of(section: str) -> list[Case]:
     if section == "dropout":
         return bert(section, LENGTHS[:1], terms=("graph",)) + bert(section, LENGTHS)
     if section == "padding":
-        return bert(section, LENGTHS, terms=("padding",))
+        return bert(section, LENGTHS[:1], terms=("padding", "graph")) + bert(section, LENGTHS, terms=("padding",))
     if section == "packed":
         return packed(section)
     if section == "bias":
-        return bert(section, (2048,), dropout=0.0) + bert(section, LENGTHS[:4], dropout=0.0, terms=("bias",))
+        cells = bert(section, (2048,), dropout=0.0) + bert(section, LENGTHS[:1], dropout=0.0, terms=("bias", "graph"))
+        return cells + bert(section, LENGTHS[:4], dropout=0.0, terms=("bias",))
     if section == "extras":
         return extras(section)
     if section == "arch":

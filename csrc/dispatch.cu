@@ -163,7 +163,8 @@ static int hopper_head_dim(const AttentionParams& p) {
 int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
-  return DqAccumulator(p, nullptr, hopper, sm90::BackwardGrid(p, hopper, multiprocessor_count()).finishes_dq).bytes(p);
+  const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
+  return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);  // of however many rows
 }
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {

@@ -79,6 +79,14 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(address)) : "memory");
   return x;
 }
+__device__ __forceinline__ int32_t add_acquire(int32_t* address, int32_t x) {
+  int32_t old;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(address)), "r"(x)
+               : "memory");
+  return old;
+}
 __device__ __forceinline__ void add_release(int32_t* address, int32_t x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(x) : "memory");
 }

@@ -26,12 +26,14 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
     const int32_t column = item % column_groups * 32;
     if (row >= sequence.len_q) return;
     const float* from = accumulator.rows(sequence, b, head, row);
+    const bool has_sums = accumulator.has_sums(sequence, b, head, row);
     uint32_t upper[4], lower[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       float x[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = scale * from[DqAccumulator::element(column / 8 + n, lane, e)];
+      for (int e = 0; e < 4; ++e)
+        x[e] = has_sums ? scale * from[DqAccumulator::element(column / 8 + n, lane, e)] : 0.0f;
       upper[n] = pack<T>(x[0], x[1]);
       lower[n] = pack<T>(x[2], x[3]);
     }

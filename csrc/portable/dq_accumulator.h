@@ -1,7 +1,8 @@
 // Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 rows and head_dim columns, in the
 // order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
-// packed batch starts a tile of its own. Behind the tiles stand the turns of a fixed order of the additions: that of
-// the deterministic mode, and of kernels whose last addition to a tile writes dq itself.
+// packed batch starts a tile of its own. Behind the tiles stand counters of the additions: of the turns of a fixed
+// order, which the deterministic mode has and kernels whose last addition to a tile writes dq itself, and of kernels
+// whose first addition stores, so that the tiles need not be zeroed.
 #pragma once
 
 #include <cstdint>
@@ -12,30 +13,42 @@ namespace hf_flash {
 
 struct DqAccumulator {
   static constexpr int kTileRows = 64;
-  static constexpr int kTurns = 2;  // counters a tile: one for each 32 rows, the shortest query tile of a kernel
+  static constexpr int kCounters = 2;  // a tile: one for each 32 rows, the shortest query tile of a kernel
 
-  float* data = nullptr;     // tiles of kTileRows * columns
-  int32_t* turns = nullptr;  // kTurns for each tile; null where the order is free
-  int64_t batch_tiles = 0;   // tiles from one sequence to the next; 0 when packed
-  int64_t head_tiles = 0;    // tiles from one query head to the next
-  int32_t columns = 0;       // head_dim rounded up to what the kernel computes, a multiple of 32
+  float* data = nullptr;        // tiles of kTileRows * columns
+  int32_t* counters = nullptr;  // kCounters for each tile; null where nobody counts
+  int64_t batch_tiles = 0;      // tiles from one sequence to the next; 0 when packed
+  int64_t head_tiles = 0;       // tiles from one query head to the next
+  int32_t columns = 0;          // head_dim rounded up to what the kernel computes, a multiple of 32
   bool packed = false;
-  // The first turn stores its tile and the last one writes dq, of rows that are computed and see keys. So nothing here
-  // has to be zeroed but the turns; the kernel of the row sums writes zeros to the other rows of dq.
+  // The last turn writes dq, of rows that are computed and see keys; the kernel of the row sums writes zeros to the
+  // other rows of dq.
   bool finishes_dq = false;
+  // The first addition to a query tile, of so many rows, stores, and nobody has to zero the tiles; those that nothing
+  // was added to have no sums. 0: they are zeroed before, and the additions just add.
+  int32_t stored_rows = 0;
+  bool ordered = false;                        // the additions are
+  static constexpr int32_t kStored = 1 << 24;  // more than there are key tiles
 
   DqAccumulator() = default;
-  DqAccumulator(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false)
-      : data(static_cast<float*>(workspace)), columns(columns), packed(p.packed()), finishes_dq(finishes_dq) {
+  DqAccumulator(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false,
+                int32_t stored_rows = 0)
+      : data(static_cast<float*>(workspace)),
+        columns(columns),
+        packed(p.packed()),
+        finishes_dq(finishes_dq),
+        stored_rows(stored_rows),
+        ordered(p.deterministic || finishes_dq) {
     head_tiles = packed ? p.total_q / kTileRows + p.batch + 1 : (p.seqlen_q + kTileRows - 1) / kTileRows;
     batch_tiles = packed ? 0 : head_tiles * p.heads_q;
-    if (takes_turns(p)) turns = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
+    if (counts()) counters = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
   }
 
-  bool takes_turns(const AttentionParams& p) const { return p.deterministic || finishes_dq; }
+  HF_FLASH_HOST_DEVICE bool stores_first() const { return stored_rows > 0; }
+  bool counts() const { return ordered || stores_first(); }
   int64_t tiles(const AttentionParams& p) const { return head_tiles * p.heads_q * (packed ? 1 : p.batch); }
   int64_t bytes(const AttentionParams& p) const {
-    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (takes_turns(p) ? kTurns : 0));
+    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (counts() ? kCounters : 0));
   }
 
   HF_FLASH_HOST_DEVICE int64_t tile(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
@@ -48,9 +61,15 @@ struct DqAccumulator {
     return data + (tile(sequence, b, head, row) * kTileRows + row % kTileRows) * columns;
   }
 
-  // How many key tiles have added to the rows from `row` (a multiple of 32) on.
-  HF_FLASH_HOST_DEVICE int32_t* turn(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
-    return turns + tile(sequence, b, head, row) * kTurns + row % kTileRows / 32;
+  // How many key tiles have added to the rows from `row` (a multiple of 32) on; or how many have come, plus kStored
+  // once the first one's sums are there.
+  HF_FLASH_HOST_DEVICE int32_t* counter(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    return counters + tile(sequence, b, head, row) * kCounters + row % kTileRows / 32;
+  }
+
+  // Are there sums of the rows from `row` on?
+  HF_FLASH_HOST_DEVICE bool has_sums(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    return !stores_first() || *counter(sequence, b, head, row / stored_rows * stored_rows) != 0;
   }
 
 #ifdef __CUDACC__

@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t first_row = block * kRows;
   if (first_row >= sequence.len_q) return;
 
-  if (accumulator.data != nullptr && !accumulator.finishes_dq) {
+  if (accumulator.data != nullptr && !accumulator.stores_first()) {
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
     for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
   }
-  if (accumulator.turns != nullptr && threadIdx.x < DqAccumulator::kTurns)
-    accumulator.turn(sequence, b, head, first_row)[threadIdx.x] = 0;
+  if (accumulator.counters != nullptr && threadIdx.x < DqAccumulator::kCounters)
+    accumulator.counter(sequence, b, head, first_row)[threadIdx.x] = 0;
   const int32_t lane = threadIdx.x % kLanes;
   const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
   const auto* out = static_cast<const Element*>(p.out.data) + b * p.out.batch + head * p.out.head;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     if (i - threadIdx.x / kLanes >= sequence.len_q) break;
     const int64_t row = sequence.first_q + i;
     if constexpr (sizeof(Element) == 2) {  // what the kernels that finish dq take
-      const bool reached = sequence.computes(i) && sequence.key_begin < sequence.key_end;
+      const bool reached = sequence.computes(i) && !sequence.keys_of(p, i, i + 1).empty();
       if (accumulator.finishes_dq && !reached && i < sequence.len_q) {
         auto* dq = static_cast<Element*>(p.dq.data) + b * p.dq.batch + head * p.dq.head + row * p.dq.row;
         for (int32_t d = lane * Vector<Element>::kSize; d < p.head_dim; d += kLanes * Vector<Element>::kSize)

@@ -205,7 +205,7 @@ struct BackwardCta {
       load_operand_transposed(ds, 0, dq_scores, k, 0, ds_place(stage));
       multiply<T, Traits::kDqColumns / 16>(dq, 0, ds, 0, dq_keys, k, 0);
     }
-    if (accumulator.turns != nullptr) wait_for_turn(step);
+    if (accumulator.ordered) wait_for_turn(step);
     const int lane = opaque(threadIdx.x % 32);
 #pragma unroll
     for (int m = 0; m < Traits::kDqRows / 16; ++m) {
@@ -213,7 +213,7 @@ struct BackwardCta {
 #pragma unroll
       for (int n = 0; n < Traits::kDqColumns / 8; ++n) add_fragment(to, dq_column / 8 + n, lane, dq.x[m][n]);
     }
-    if (accumulator.turns != nullptr) end_turn(step);
+    if (accumulator.ordered) end_turn(step);
   }
 
   __device__ __forceinline__ static void add_fragment(float* rows, int block, int lane, const float (&x)[4]) {
@@ -231,7 +231,7 @@ struct BackwardCta {
       const int row_begin = max(step.i0, sequence.query_begin), row_end = min(step.i0 + kQueries, sequence.query_end);
       const int turn =
           (j0 - sequence.keys_of(p, row_begin, row_end).begin / Traits::kKeys * Traits::kKeys) / Traits::kKeys;
-      const int32_t* counter = accumulator.turn(sequence, b, step.head, step.i0);
+      const int32_t* counter = accumulator.counter(sequence, b, step.head, step.i0);
       while (load_acquire(counter) < turn) __nanosleep(20);
     }
     __syncthreads();
@@ -239,7 +239,7 @@ struct BackwardCta {
   __device__ __forceinline__ void end_turn(const BackwardStep& step) const {
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) add_release(accumulator.turn(sequence, b, step.head, step.i0), 1);
+    if (threadIdx.x == 0) add_release(accumulator.counter(sequence, b, step.head, step.i0), 1);
   }
 
   // dK and dV, rounded, through the shared memory of K and V.

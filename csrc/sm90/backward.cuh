@@ -294,7 +294,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
                     const __grid_constant__ DqAccumulator accumulator,
-                    const __grid_constant__ PersistentSchedule schedule, const bool rotates) {
+                    const __grid_constant__ PersistentSchedule schedule, const __grid_constant__ BackwardGrid grid) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
-    if (warp == 1) make_plans(p, schedule, rotates, shared);
+    if (warp == 1) make_plans(p, schedule, grid, shared);
     if (warp == 2) copy_row_values(p, shared);
     if (warp == 3) add_dq(p, accumulator, shared);
   } else {
@@ -320,7 +320,7 @@ template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM, grid.finishes_dq);
+  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM, grid.finishes_dq, grid.stores_first ? Traits::kQueries : 0);
   portable::row_sum(p, accumulator, stream);
   launch_backward<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
   if (!accumulator.finishes_dq)

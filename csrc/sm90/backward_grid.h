@@ -11,21 +11,25 @@ namespace hf_flash::sm90 {
 
 struct BackwardGrid {
   int ctas;  // at once, each for one piece of work after the other
-  // Where all key tiles of a head see the same queries, all of them start in the same round, each at a query tile of
-  // its own, and take turns at dQ with next to no waiting.
+  // Where all key tiles of a head see the same queries, or there is one alone, all of them start in the same round,
+  // each at a query tile of its own, and take turns at dQ with next to no waiting.
   bool rotates;
-  bool finishes_dq;  // so the order is fixed, and the last turn can write dq
+  bool finishes_dq;   // so the order is fixed, and the last turn can write dq
+  bool stores_first;  // the first to add to a query tile's dQ stores, and nobody has to zero it
+  bool spreads;       // the key tiles of a head start at query tiles apart from each other's
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
     const int keys = backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
     ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors}));
     // Not if whole heads left more than a third of the SMs idle.
-    const bool side_by_side =
-        tiles > 0 && tiles <= ctas && p.window_left < 0 && p.window_right < 0 && 3 * (ctas % tiles) <= ctas;
+    const bool all_see_all = tiles == 1 || (p.window_left < 0 && p.window_right < 0);
+    const bool side_by_side = all_see_all && tiles > 0 && tiles <= ctas && 3 * (ctas % tiles) <= ctas;
     finishes_dq = side_by_side && head_dim <= 128 && (p.deterministic || finishing_pays(p, tiles));
     rotates = finishes_dq || (side_by_side && p.deterministic);
     if (rotates) ctas -= ctas % tiles;
+    stores_first = head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
+    spreads = rotates || (stores_first && !p.deterministic);
   }
 
  private:

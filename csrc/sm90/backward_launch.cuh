@@ -9,7 +9,7 @@
 
 namespace hf_flash::sm90 {
 
-// kernel(p, maps, accumulator, schedule, rotates), persistent CTAs.
+// kernel(p, maps, accumulator, schedule, grid), persistent CTAs.
 template <class Traits, class Kernel>
 void launch_backward(Kernel* kernel, const AttentionParams& p, const DqAccumulator& accumulator,
                      const BackwardGrid& grid, cudaStream_t stream) {
@@ -22,10 +22,10 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const DqAccumulat
   const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
   cudaLaunchAttribute cooperative;  // who waits for turns needs the others to be there
   cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = accumulator.turns != nullptr && schedule.tiles > 1;
+  cooperative.val.cooperative = accumulator.ordered && schedule.tiles > 1;
   cudaLaunchConfig_t config{dim3(grid.ctas), dim3(Traits::kThreads), BackwardShared<Traits>::kBytes,
                             stream,          &cooperative,           1};
-  check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule, grid.rotates), "backward");
+  check(cudaLaunchKernelEx(&config, kernel, p, maps, accumulator, schedule, grid), "backward");
 }
 
 }  // namespace hf_flash::sm90

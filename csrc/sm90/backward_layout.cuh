@@ -8,6 +8,7 @@
 #include "attention/schedule.cuh"
 #include "attention/sequence.h"
 #include "portable/dq_accumulator.h"
+#include "sm90/backward_grid.h"
 #include "sm90/config.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/score_math.cuh"
@@ -88,7 +89,7 @@ struct BackwardTraits {
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
   static_assert(kKeys == backward_keys(HEAD_DIM));
-  static constexpr int kQueries = backward_config(HEAD_DIM, DROPOUT, EXTRAS).queries;
+  static constexpr int kQueries = backward_config(HEAD_DIM, EXTRAS).queries;
   // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
@@ -121,7 +122,7 @@ struct BackwardTraits {
 // By a warp: each lane works out a part.
 template <class Traits>
 __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
-                                          const PersistentSchedule::Work& work, bool rotates) {
+                                          const PersistentSchedule::Work& work, const BackwardGrid& grid) {
   const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
   if (lane < Traits::kWarpgroups) {
     const int from = j0 + 64 * lane, to = from + 64;
@@ -140,11 +141,11 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     const int first_tile = sequence.key_begin / Traits::kKeys, tiles = (plan.end - plan.begin) / Traits::kQueries;
     plan.turn = work.tile - first_tile;
     plan.turns = max(1, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first_tile);
-    // At the last query tile of the last head, or where the key tiles of a head run side by side and see the same
-    // queries, each somewhere else: so none waits for another's turn. There the last steps, down to where the next turn
-    // started, meet queries that all others have been at.
-    const int steps = group * tiles, start = rotates ? plan.turn * steps / plan.turns : steps - 1;
-    plan.finishing = rotates ? (plan.turn + 1) * steps / plan.turns - start : 0;
+    // At the last query tile of the last head, or, spread, each key tile of a head somewhere else: so few or, where all
+    // see the same queries and run side by side, none waits for another's addition. In that case the last steps, down
+    // to where the next turn started, meet queries that all others have been at.
+    const int steps = group * tiles, start = grid.spreads ? plan.turn * steps / plan.turns : steps - 1;
+    plan.finishing = grid.rotates ? (plan.turn + 1) * steps / plan.turns - start : 0;
     plan.start_head = plan.first_head + (tiles > 0 ? start / tiles : 0);
     plan.start_i0 = plan.begin + (tiles > 0 ? start % tiles * Traits::kQueries : 0);
   } else if (lane == Traits::kWarpgroups + 1) {

@@ -22,8 +22,8 @@ __device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, c
 }
 
 template <class Traits>
-__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule, bool rotates,
-                                           const BackwardShared<Traits>& shared) {
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
+                                           const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
   for (int round = 0;; ++round) {
     const PersistentSchedule::Work work = schedule.work(round);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
     shared.wait_for_plan_place(n);
     BackwardPlan& plan = shared.plan(n);
-    make_plan<Traits>(plan, p, sequence, work, rotates);
+    make_plan<Traits>(plan, p, sequence, work, grid);
     __syncwarp();
     if (!last && plan.empty()) {
       store_zero_gradients<Traits>(p, plan);
@@ -245,7 +245,7 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, c
   if (plan.turns == 1) {
     mbarrier_arrive(full);
   } else {
-    const int32_t* turns = accumulator.turn(sequence, plan.batch, head, i0);
+    const int32_t* turns = accumulator.counter(sequence, plan.batch, head, i0);
     while (load_acquire(turns) < plan.turns - 1) {
     }
     fence_async_proxy_global();
@@ -256,19 +256,21 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, c
 }
 
 // Adds each step's dQ to the accumulator by TMA, which holds up nobody. Where the order is fixed the key tiles of a
-// query tile take turns. Where the last turn finishes dq, which the consumers do, the first one stores instead.
+// query tile take turns, and the last one may finish dq, which the consumers do. Otherwise they come as they come. The
+// first to come stores, where nobody has zeroed the accumulator.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
                                        const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
   uint32_t step = 0;
-  int32_t* turns = nullptr;  // where a turn ends when what was added last has arrived
+  int32_t* arrived = nullptr;  // this counter grows by so much when what was added last has arrived
+  int32_t count = 0;
   const auto end_turn = [&] {
-    if (turns == nullptr) return;
+    if (arrived == nullptr) return;
     bulk_wait<0>();
     fence_async_proxy_global();
-    add_release(turns, 1);
-    turns = nullptr;
+    add_release(arrived, count);
+    arrived = nullptr;
   };
   for (uint32_t n = 0;; ++n) {
     shared.planned.wait_full(n);
@@ -286,17 +288,31 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
       shared.dq_target().rows = nullptr;
       mbarrier_arrive(shared.dq.full(step));
       end_turn();
+      int32_t* const counter =
+          accumulator.counters != nullptr ? accumulator.counter(sequence, plan.batch, walk.head, walk.i0) : nullptr;
+      // Asked for while nothing is waited for but this CTA's own products: so whoever is the first will store.
+      const int32_t before = accumulator.stores_first() && !accumulator.ordered ? add_acquire(counter, 1) : 0;
       shared.dq.wait_empty(step + 1);
-      fence_async_proxy();  // here: it would hold up the consumers
       bool stores = false;
-      if (accumulator.turns != nullptr) {
-        turns = accumulator.turn(sequence, plan.batch, walk.head, walk.i0);
+      if (accumulator.ordered) {
         const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, accumulator.finishes_dq);
-        while (load_acquire(turns) < turn) {
+        while (load_acquire(counter) < turn) {
         }
-        fence_async_proxy_global();
-        stores = accumulator.finishes_dq && turn == 0;
+        arrived = counter;
+        count = 1;
+        stores = turn == 0;
+      } else if (accumulator.stores_first()) {
+        stores = before == 0;
+        if (stores) {
+          arrived = counter;
+          count = DqAccumulator::kStored;
+        } else if (before < DqAccumulator::kStored) {
+          while (load_acquire(counter) < DqAccumulator::kStored) {
+          }
+        }
       }
+      if (counter != nullptr) fence_async_proxy_global();
+      fence_async_proxy();  // here: it would hold up the consumers
       float* const rows = accumulator.rows(sequence, plan.batch, walk.head, walk.i0);
       const int bytes = dq_bytes<Traits>(sequence, walk.i0);
       if (stores) {

@@ -185,12 +185,17 @@ struct BiasWarpgroup {
     }
   }
 
+  // Turns at the tensor cores, so that one warpgroup's mathematics hides behind the other's products.
+  __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
+
   // Adds dS of a task. Places in the rings: of its first chunk, which becomes that of the next task's, of the tile's
   // bias and of the task's row values.
   __device__ __forceinline__ void add(const BiasStep& step, uint32_t& chunk, uint32_t tile, uint32_t task) {
+    named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
     start_product(s, chunk, false);
     add_products(s, chunk, p.head_dim);
     start_product(dp, chunk + 1, false);
+    pass_turn();
     load_row_values(task);
     wgmma_wait<1>();
     wgmma_settle(s);
@@ -305,6 +310,7 @@ template <class T>
 __device__ __forceinline__ void consume(const AttentionParams& p, const BiasMaps& maps, const BiasShared& shared,
                                         int warpgroup) {
   BiasWarpgroup<T> state(p, maps.scores, shared, warpgroup);
+  if (warpgroup == 1) state.pass_turn();   // the first turn is the first warpgroup's
   uint32_t chunk = 0, tile = 0, task = 0;  // places in the rings
   bool has_bias = false;
   for (uint32_t n = 0;; ++n) {

@@ -301,7 +301,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
                          const __grid_constant__ DqAccumulator accumulator,
-                         const __grid_constant__ PersistentSchedule schedule, const bool rotates) {
+                         const __grid_constant__ PersistentSchedule schedule,
+                         const __grid_constant__ BackwardGrid grid) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
@@ -315,9 +316,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = uniform(threadIdx.x / 32 % 4);
     switch (warp) {  // ifs would keep its number in a register
       case 0: copy_wide_tiles(p, maps, shared); break;
-      case 1: make_plans(p, schedule, rotates, shared); break;
+      case 1: make_plans(p, schedule, grid, shared); break;
       case 2: copy_row_values(p, shared); break;
-      default: add_dq_slices(p, accumulator, rotates, shared);
+      default: add_dq_slices(p, accumulator, grid.rotates, shared);
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

@@ -108,8 +108,8 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Dq
     const BackwardPlan& plan = shared.plan(at.plan);
     const Sequence& sequence = plan.sequence;
     int32_t* turns = nullptr;
-    if (accumulator.turns != nullptr) {
-      turns = accumulator.turn(sequence, plan.batch, at.head, at.i0) + (role == Role::kDk);
+    if (accumulator.ordered) {
+      turns = accumulator.counter(sequence, plan.batch, at.head, at.i0) + (role == Role::kDk);
       if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) continue;
       fence_async_proxy_global();
     }

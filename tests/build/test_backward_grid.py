@@ -22,14 +22,14 @@ int main(int, char** x) {
   p.window_right = std::atoi(x[3]);
   p.deterministic = std::atoi(x[4]);
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
-  std::printf("%d %d %d", grid.ctas, grid.rotates, grid.finishes_dq);
+  std::printf("%d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads);
 }
 """
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) -> (ctas, rotates, finishes_dq) on 132 SMs."""
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) -> ctas on 132 SMs, rotates, finishes_dq, stores_first, spreads."""
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
     subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)
@@ -42,24 +42,32 @@ def grid(tmp_path_factory):
 
 
 def test_short_calls_finish_dq(grid):
-    assert grid(512, 512, -1, False, 64) == (132, 1, 1)
-    assert grid(512, 513, -1, False, 64)[1:] == (0, 0)  # too long for its waits
-    assert grid(300, 512, -1, False, 64)[1:] == (0, 0)  # four tiles of keys, three of queries: two would start at one
-    assert grid(512, 512, 0, False, 64)[1:] == (0, 0)  # a causal mask
-    assert grid(512, 512, -1, False, 256)[1:] == (0, 0)  # tiles of 64 keys add
+    assert grid(512, 512, -1, False, 64) == (132, 1, 1, 1, 1)
+    assert grid(512, 513, -1, False, 64)[1:3] == (0, 0)  # too long for its waits
+    assert grid(300, 512, -1, False, 64)[1:3] == (0, 0)  # four tiles of keys, three of queries: two would start at one
+    assert grid(512, 512, 0, False, 64)[1:3] == (0, 0)  # a causal mask
+    assert grid(128, 128, 0, False, 64)[1:3] == (1, 1)  # the same over a single tile of keys
+    assert grid(512, 512, -1, False, 256)[1:3] == (0, 0)  # tiles of 64 keys add
+
+
+def test_the_first_addition_stores_unless_sequences_are_long(grid):
+    assert grid(4096, 4096, 0, False, 64)[3:] == grid(4096, 4096, -1, False, 128)[3:] == (1, 1)
+    assert grid(4097, 4097, 0, False, 64)[3:] == (0, 0)
+    assert grid(2048, 2048, -1, False, 256)[3:] == (0, 0)
+    assert grid(20000, 20000, 0, True, 64)[3:] == (1, 0)  # in an order of its own from the last query tile down
 
 
 def test_a_fixed_order_has_whole_heads_at_once(grid):
-    assert grid(2048, 2048, -1, True, 128) == (128, 1, 1)
-    assert grid(2048, 2048, -1, True, 256) == (128, 1, 0)
-    assert grid(2048, 2048, 0, True, 128) == (132, 0, 0)
-    assert grid(90, 9000, -1, True, 64)[1:] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
+    assert grid(2048, 2048, -1, True, 128)[:3] == (128, 1, 1)
+    assert grid(2048, 2048, -1, True, 256)[:3] == (128, 1, 0)
+    assert grid(2048, 2048, 0, True, 128)[:3] == (132, 0, 0)
+    assert grid(90, 9000, -1, True, 64)[1:3] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
     for seqlen, head_dim in itertools.product((100, 640, 1500, 4096, 20000), (64, 256)):
-        ctas, rotates, finishes = grid(seqlen, seqlen, -1, True, head_dim)
+        ctas, rotates, finishes, _, spreads = grid(seqlen, seqlen, -1, True, head_dim)
         tiles = -(-seqlen // (128 if head_dim <= 128 else 64))
-        assert not rotates or ctas % tiles == 0
-        assert not finishes or rotates
+        assert not rotates or (ctas % tiles == 0 and spreads)
+        assert rotates or not finishes
 
 
 def test_nothing_to_do(grid):
-    assert grid(512, 0, -1, True, 64) == (0, 0, 0)
+    assert grid(512, 0, -1, True, 64)[:3] == (0, 0, 0)
