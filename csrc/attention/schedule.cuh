@@ -44,6 +44,10 @@ struct PersistentSchedule {
   int32_t rounds = 0;             // a section
   bool first_is_longest = false;  // of the tiles of a head, instead of the last
   bool by_head = false;  // sequences lie side by side, not heads: those that share a bias read it at the same time
+  // Each sequence has tiles of its own, which are listed, one sequence after the other: where the places of tiles that
+  // do not exist were dealt out too, some CTAs got a fifth more than others.
+  bool listed = false;
+  bool by_tile = false;  // of those of a sequence the longest first, all heads side by side; or head after head
 
   int64_t works() const { return int64_t{tiles} * planes; }
 
@@ -83,6 +87,38 @@ struct PersistentSchedule {
     }
     if (by_head) return {tile, plane / batch, plane % batch};
     return {tile, plane % heads, plane / heads};
+  }
+
+  struct Span {
+    int first, count;
+  };
+
+  // The same where tiles are listed, by a warp. spans(b): the tiles of sequence b.
+  template <class SpansOf>
+  __device__ Work listed_work(int round, SpansOf spans) const {
+    const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int batch = planes / heads, lane = threadIdx.x % 32;
+    int place = round * gridDim.x + cta;  // in the list, from sequence `first` on
+    for (int first = 0; first < batch; first += 32) {
+      const Span own = first + lane < batch ? spans(first + lane) : Span{0, 0};
+      int end = own.count * heads;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, end, step);
+        if (lane >= step) end += before;
+      }
+      const uint32_t beyond = __ballot_sync(0xffffffffu, place < end);
+      if (beyond == 0) {
+        place -= __shfl_sync(0xffffffffu, end, 31);
+        continue;
+      }
+      const int b = __ffs(beyond) - 1, count = __shfl_sync(0xffffffffu, own.count, b);
+      place -= __shfl_sync(0xffffffffu, end, b) - count * heads;
+      const int rank = by_tile ? place / heads : place % count;
+      const int tile = by_tile && !first_is_longest ? count - 1 - rank : rank;
+      return {__shfl_sync(0xffffffffu, own.first, b) + tile, by_tile ? place % heads : place / count, first + b};
+    }
+    return {-1, 0, 0};
   }
 };
 

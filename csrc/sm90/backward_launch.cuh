@@ -15,7 +15,7 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const DqAccumulat
                      const BackwardGrid& grid, cudaStream_t stream) {
   static SharedMemoryPermit permit;
   permit.ask(kernel, BackwardShared<Traits>::kBytes);
-  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count());
+  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count(), grid.rotates);
   if (schedule.works() > INT32_MAX - (1 << 20))
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
   if (schedule.works() == 0) return;

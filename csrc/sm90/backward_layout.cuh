@@ -32,6 +32,14 @@ struct BackwardPlan {
   __device__ bool empty() const { return begin == end; }
 };
 
+// The key tiles of a sequence that some query may see, as far as ranges tell.
+template <class Traits>
+__device__ __forceinline__ PersistentSchedule::Span seen_tiles(const Sequence& sequence) {
+  if (sequence.query_begin >= sequence.query_end || sequence.key_begin >= sequence.key_end) return {0, 0};
+  const int first = sequence.key_begin / Traits::kKeys;
+  return {first, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first};
+}
+
 // The steps of a piece of work go down from its start, head by head, and round to the start again: under a causal mask
 // or a window the key tiles of a head then come to a query tile in the order of their numbers.
 template <int QUERIES>
@@ -265,9 +273,12 @@ struct BackwardMaps {
 // accumulators lie in the L2 cache together, and which fill a round: with 64 MB of them S 1024 at D 64 ran at 202
 // instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 over 128, whose tiles move as many bytes for half of the
 // keys. In a fixed order of the additions CTAs that share one wait for each other: fewer do.
-inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas) {
+inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, bool rotates) {
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
-  if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
+  schedule.listed = (p.packed() || p.key_range != nullptr) && !rotates;
+  if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
+    schedule.by_tile = schedule.first_is_longest = true;
+  } else if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
     const int64_t rows = int64_t{std::max(1, p.seqlen_q)} * (p.heads_q / p.heads_k);
     const int64_t loaded = 2 * rows * (p.head_dim + p.head_dim_v), summed = 4 * rows * p.head_dim;
     int64_t heads = std::max({(16 << 20) / (loaded + summed), int64_t{ctas / (keys < 128 ? 16 : 8)},

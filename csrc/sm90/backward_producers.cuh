@@ -7,17 +7,35 @@
 
 namespace hf_flash::sm90 {
 
-// By a warp: dK and dV of keys that no query sees.
+// By a warp: dK and dV of a tile of keys that no query sees.
 template <class Traits>
-__device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, const BackwardPlan& plan) {
-  const int lane = threadIdx.x % 32, end = min(plan.j0 + Traits::kKeys, plan.sequence.len_k);
+__device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, const Sequence& sequence,
+                                                     const PersistentSchedule::Work& work) {
+  const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys, end = min(j0 + Traits::kKeys, sequence.len_k);
   const auto zero = [&](const Rows& x, int64_t row, int dim) {
-    uint16_t* to = static_cast<uint16_t*>(x.data) + plan.batch * x.batch + plan.kv_head * x.head + row * x.row;
+    uint16_t* to = static_cast<uint16_t*>(x.data) + work.batch * x.batch + work.head * x.head + row * x.row;
     if (8 * lane < dim) *reinterpret_cast<uint4*>(to + 8 * lane) = uint4{0, 0, 0, 0};
   };
-  for (int key = plan.j0; key < end; ++key) {
-    zero(p.dk, plan.sequence.first_k + key, p.head_dim);
-    zero(p.dv, plan.sequence.first_k + key, p.head_dim_v);
+  for (int key = j0; key < end; ++key) {
+    zero(p.dk, sequence.first_k + key, p.head_dim);
+    zero(p.dv, sequence.first_k + key, p.head_dim_v);
+  }
+}
+
+// By a warp: those of all tiles that are not on the list.
+template <class Traits>
+__device__ __forceinline__ void store_zeros_beside_list(const AttentionParams& p, const PersistentSchedule& schedule) {
+  for (int round = 0;; ++round) {
+    PersistentSchedule::Work work = schedule.listed_work(round, [&](int b) {
+      const Sequence sequence(p, b);
+      const int tiles = (sequence.len_k + Traits::kKeys - 1) / Traits::kKeys;
+      return PersistentSchedule::Span{0, tiles - seen_tiles<Traits>(sequence).count};
+    });
+    if (work.tile < 0) return;
+    const Sequence sequence(p, work.batch);
+    const PersistentSchedule::Span seen = seen_tiles<Traits>(sequence);
+    if (work.tile >= seen.first) work.tile += seen.count;
+    store_zero_gradients<Traits>(p, sequence, work);
   }
 }
 
@@ -26,7 +44,8 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
                                            const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
   for (int round = 0;; ++round) {
-    const PersistentSchedule::Work work = schedule.work(round);
+    const auto spans = [&](int b) { return seen_tiles<Traits>(Sequence(p, b)); };
+    const PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, spans) : schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
@@ -35,14 +54,15 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     make_plan<Traits>(plan, p, sequence, work, grid);
     __syncwarp();
     if (!last && plan.empty()) {
-      store_zero_gradients<Traits>(p, plan);
+      store_zero_gradients<Traits>(p, sequence, work);
       __syncwarp();
       continue;
     }
     mbarrier_arrive(shared.planned.full(n));
-    if (last) return;
+    if (last) break;
     ++n;
   }
+  if (schedule.listed) store_zeros_beside_list<Traits>(p, schedule);
 }
 
 // For each plan K and V, then Q and dO of each step, and its bias.

@@ -1,8 +1,8 @@
 // The gradient of a bias that broadcasts over batch or heads, for Hopper: dS summed over them. As in the mma.sync
 // kernel a CTA owns a tile of the bias's own gradient, computes S = Q K^T and dP = dO V^T of all the score tiles that
 // it was added to, adds dS up in registers and writes the sum once. It stays on its SM and takes one such tile after
-// the other. Its bias comes to shared memory once; the products of a task, two warpgroups of 64 queries by 128 keys,
-// take less time than its rows need from the L2 cache, so all that matters is that copies never stop.
+// the other. Its bias comes to shared memory once; two warpgroups of 64 queries by 128 keys take turns at the tensor
+// cores, and copies never stop.
 #pragma once
 
 #include <cuda_runtime.h>

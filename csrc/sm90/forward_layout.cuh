@@ -193,7 +193,10 @@ inline bool prefers_small_tiles(const AttentionParams& p) {
 inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, int ctas) {
   PersistentSchedule schedule{(p.seqlen_q + rows - 1) / rows, p.heads_q, p.batch * p.heads_q};
   schedule.by_head = p.bias.data != nullptr && p.bias.batch == 0 && p.bias.row != 0;
-  if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
+  schedule.listed = p.packed() && !schedule.by_head;
+  if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
+    schedule.by_tile = true;
+  } else if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
     // As many heads as have their keys in the L2 cache beside what passes through it, or so few that four CTAs at a
     // time share the keys of each. With 32 MB instead of 8 S 512 ran at 212 instead of 227 TFLOP/s, D 128 at 257 for
     // 278.

@@ -29,7 +29,10 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
                                            const ForwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
   for (int round = 0;; ++round) {
-    const PersistentSchedule::Work work = schedule.work(round);
+    const auto rows_of = [&](int b) {
+      return PersistentSchedule::Span{0, (Sequence(p, b).len_q + Traits::kRows - 1) / Traits::kRows};
+    };
+    const PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, rows_of) : schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     // A shorter sequence than the longest, or no work in this round.

@@ -29,7 +29,10 @@ int main(int, char** x) {
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) -> ctas on 132 SMs, rotates, finishes_dq, stores_first, spreads."""
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) on 132 SMs.
+
+    Returns ctas, rotates, finishes_dq, stores_first, spreads.
+    """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
     subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)

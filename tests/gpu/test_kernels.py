@@ -93,6 +93,24 @@ def test_many_pieces_of_work_of_few_steps(head_dim, deterministic):
     check(q, k, v, **packed, dropout_p=0.1, dropout_seed=seed_tensor(3, "cuda"), deterministic=deterministic)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_many_sequences_of_unlike_lengths(head_dim, causal):
+    """Kernels list their tiles 32 sequences at a time; some have no queries, no keys or neither."""
+    rows = [0 if n % 9 == 0 else 1 + 53 * n % 310 for n in range(75)]
+    keys = [0 if n % 6 == 3 else 1 + 71 * n % 350 for n in range(75)]
+    starts_q, starts_k = (int32([sum(x[:n]) for n in range(76)], "cuda") for x in (rows, keys))
+    q, k, v = make_qkv("cuda", torch.bfloat16, None, sum(rows), sum(keys), heads=2, heads_k=1, head_dim=head_dim)
+    packed = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": 310, "max_seqlen_k": 350}
+    poison_freed_memory()
+    check(q, k, v, **packed, causal=causal)
+    q, k, v = make_qkv("cuda", torch.bfloat16, 70, 140, 530, heads=2, heads_k=1, head_dim=head_dim)
+    ranges = [[60 * n % 400, min(530, 60 * n % 400 + 90 * n % 500)] for n in range(70)]
+    computed = [[0, 0] if n % 8 == 5 else [n % 3, 140] for n in range(70)]
+    poison_freed_memory()
+    check(q, k, v, key_range=int32(ranges, "cuda"), query_range=int32(computed, "cuda"), causal=causal)
+
+
 def poison_freed_memory():
     """What is allocated next holds NaN."""
     for _ in range(3):
