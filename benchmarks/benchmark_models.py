@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig,
 import hf_flash
 
 ATTENTIONS = ("eager", "sdpa", "hf_flash")
+WARM_UP = 10  # steps; the host needs as many until its time no longer falls
 CELLS = (  # model, B, S, padded
     ("BERT-base", 32, 512, True),
     ("BERT-base", 8, 2048, True),
@@ -85,7 +86,7 @@ def measure(cell: tuple, rounds: int) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         try:
             step = make_step(model, attention, batch, length, padded)
-            for _ in range(3):
+            for _ in range(WARM_UP):
                 step()
             times = [milliseconds(step) for _ in range(rounds)]
             mib = torch.cuda.max_memory_allocated() / 2**20

@@ -93,30 +93,37 @@ struct PersistentSchedule {
     int first, count;
   };
 
-  // The same where tiles are listed, by a warp. spans(b): the tiles of sequence b.
+  // Where in the list the last piece of work was: the next one of this CTA lies behind it.
+  struct ListWalk {
+    int first = 0;   // of 32 sequences
+    int before = 0;  // tiles of those before them
+  };
+
+  // The same where tiles are listed, by a warp, round after round. spans(b): the tiles of sequence b.
   template <class SpansOf>
-  __device__ Work listed_work(int round, SpansOf spans) const {
+  __device__ Work listed_work(int round, ListWalk& walk, SpansOf spans) const {
     const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int batch = planes / heads, lane = threadIdx.x % 32;
-    int place = round * gridDim.x + cta;  // in the list, from sequence `first` on
-    for (int first = 0; first < batch; first += 32) {
-      const Span own = first + lane < batch ? spans(first + lane) : Span{0, 0};
+    const int batch = planes / heads, lane = threadIdx.x % 32, place = round * gridDim.x + cta;
+    for (; walk.first < batch; walk.first += 32) {
+      const int b = walk.first + lane;
+      const Span own = b < batch ? spans(b) : Span{0, 0};
       int end = own.count * heads;
-#pragma unroll
       for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(0xffffffffu, end, step);
-        if (lane >= step) end += before;
+        const int others = __shfl_up_sync(0xffffffffu, end, step);
+        if (lane >= step) end += others;
       }
+      end += walk.before;
       const uint32_t beyond = __ballot_sync(0xffffffffu, place < end);
       if (beyond == 0) {
-        place -= __shfl_sync(0xffffffffu, end, 31);
+        walk.before = __shfl_sync(0xffffffffu, end, 31);
         continue;
       }
-      const int b = __ffs(beyond) - 1, count = __shfl_sync(0xffffffffu, own.count, b);
-      place -= __shfl_sync(0xffffffffu, end, b) - count * heads;
-      const int rank = by_tile ? place / heads : place % count;
+      const int its = __ffs(beyond) - 1, count = __shfl_sync(0xffffffffu, own.count, its);
+      const int own_place = place - __shfl_sync(0xffffffffu, end, its) + count * heads;
+      const int rank = by_tile ? own_place / heads : own_place % count;
       const int tile = by_tile && !first_is_longest ? count - 1 - rank : rank;
-      return {__shfl_sync(0xffffffffu, own.first, b) + tile, by_tile ? place % heads : place / count, first + b};
+      return {__shfl_sync(0xffffffffu, own.first, its) + tile, by_tile ? own_place % heads : own_place / count,
+              walk.first + its};
     }
     return {-1, 0, 0};
   }

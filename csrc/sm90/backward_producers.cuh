@@ -25,8 +25,9 @@ __device__ __forceinline__ void store_zero_gradients(const AttentionParams& p, c
 // By a warp: those of all tiles that are not on the list.
 template <class Traits>
 __device__ __forceinline__ void store_zeros_beside_list(const AttentionParams& p, const PersistentSchedule& schedule) {
+  PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
-    PersistentSchedule::Work work = schedule.listed_work(round, [&](int b) {
+    PersistentSchedule::Work work = schedule.listed_work(round, walk, [&](int b) {
       const Sequence sequence(p, b);
       const int tiles = (sequence.len_k + Traits::kKeys - 1) / Traits::kKeys;
       return PersistentSchedule::Span{0, tiles - seen_tiles<Traits>(sequence).count};
@@ -43,9 +44,11 @@ template <class Traits>
 __device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
                                            const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
+  PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
     const auto spans = [&](int b) { return seen_tiles<Traits>(Sequence(p, b)); };
-    const PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, spans) : schedule.work(round);
+    const PersistentSchedule::Work work =
+        schedule.listed ? schedule.listed_work(round, walk, spans) : schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;

@@ -28,11 +28,13 @@ template <class Traits>
 __device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
                                            const ForwardShared<Traits>& shared) {
   uint32_t n = 0;  // pieces of work so far
+  PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
     const auto rows_of = [&](int b) {
       return PersistentSchedule::Span{0, (Sequence(p, b).len_q + Traits::kRows - 1) / Traits::kRows};
     };
-    const PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, rows_of) : schedule.work(round);
+    const PersistentSchedule::Work work =
+        schedule.listed ? schedule.listed_work(round, walk, rows_of) : schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     // A shorter sequence than the longest, or no work in this round.

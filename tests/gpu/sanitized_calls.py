@@ -19,6 +19,10 @@ def calls(device, dtype):
     ranges = {"key_range": int32([[5, 99], [64, 64]], device), "query_range": int32([[0, 70], [3, 77]], device)}
     yield *qkv, ranges  # the last key tile of a head writes dq
     yield *make_qkv(device, dtype, 2, 133, 290, heads=2, heads_k=1, head_dim=128), dropout
+    for head_dim in (64, 128, 192):  # several key tiles, the first of which may store; in either order
+        qkv_tiles = make_qkv(device, dtype, 1, 150, 290, heads=2, heads_k=1, head_dim=head_dim)
+        for deterministic in (False, True):
+            yield *qkv_tiles, {"causal": True, "deterministic": deterministic}
     slopes, sink = torch.rand(2, device=device), torch.randn(2, device=device)
     bias = torch.randn(1, 2, 77, 141, device=device, dtype=dtype)
     mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
