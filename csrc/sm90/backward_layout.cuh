@@ -113,6 +113,8 @@ struct BackwardTraits {
   // bias come while the step before is at work. A plan's place is free when the warp that adds dQ is done with it.
   static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
   static constexpr bool kPlansAhead = true;  // a step's word tells of the next one
+  // Single steps: while dQ of one piece of work leaves, the words of the next two are out and name a fourth.
+  static_assert(kPlans >= 4);
   static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;

@@ -23,6 +23,7 @@ struct BiasConfig {
   // Shared memory: chunks, of which a task of head dimension 64 has two; the bias of this tile of the gradient and of
   // the next one; lse and row sums of two tasks; steps; barriers.
   static constexpr int kStages = 5, kBiasStages = 2, kValueStages = 2, kSteps = 6;
+  static_assert(kStages > 256 / kColumns);  // Q and the first of dO: a turn gets them while the other warpgroup waits
   static constexpr int kPlaceBytes = 2 * Tile::kBytes;
   static constexpr int kBias = kStages * kPlaceBytes;
   static constexpr int kValues = kBias + kBiasStages * ScoreTile::kBytes;
