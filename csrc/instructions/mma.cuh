@@ -27,4 +27,11 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A warp's 8 x 8 matrix of 16-bit elements, (g, 2t), (g, 2t + 1) in lane 4 g + t, transposed.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 }  // namespace hf_flash

@@ -7,12 +7,12 @@ namespace hf_flash::portable {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = DqAccumulator::kTileRows;
 
 // A warp converts 16 rows and 32 columns at a time: four coalesced loads, two 16-byte stores a lane.
-template <class T>
-__global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionParams p, const DqAccumulator accumulator,
+template <class T, class Accumulator>
+__global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionParams p, const Accumulator accumulator,
                                                               const float scale, const int32_t row_blocks) {
+  constexpr int kRows = Accumulator::kTileRows;
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
   const int32_t b = blockIdx.x / p.heads_q / row_blocks;
@@ -25,17 +25,32 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
     const int32_t row = block * kRows + item / column_groups * 16;
     const int32_t column = item % column_groups * 32;
     if (row >= sequence.len_q) return;
-    const float* from = accumulator.rows(sequence, b, head, row);
     const bool has_sums = accumulator.has_sums(sequence, b, head, row);
+    // This lane's pairs of columns 8 n + 2 t of rows `group` and group + 8.
     uint32_t upper[4], lower[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    const auto load_pairs = [&](uint32_t& first, uint32_t& second, const float* from) {
       float x[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        x[e] = has_sums ? scale * from[DqAccumulator::element(column / 8 + n, lane, e)] : 0.0f;
-      upper[n] = pack<T>(x[0], x[1]);
-      lower[n] = pack<T>(x[2], x[3]);
+      for (int e = 0; e < 4; ++e) x[e] = has_sums ? scale * from[DqAccumulator::element(0, 0, e)] : 0.0f;
+      first = pack<T>(x[0], x[1]);
+      second = pack<T>(x[2], x[3]);
+    };
+    if constexpr (Accumulator::kTransposed) {
+      const float* tile = accumulator.rows(sequence, b, head, block * kRows);
+#pragma unroll
+      for (int n = 0; n < 4; n += 2) {
+        const auto load_transposed = [&](uint32_t (&x)[4], int32_t row_block) {
+          load_pairs(x[n], x[n + 1], tile + Accumulator::transposed_element(column / 16 + n / 2, row_block, lane, 0));
+          x[n] = transpose_8x8(x[n]);
+          x[n + 1] = transpose_8x8(x[n + 1]);
+        };
+        load_transposed(upper, row % kRows / 8);
+        load_transposed(lower, row % kRows / 8 + 1);
+      }
+    } else {
+      const float* rows = accumulator.rows(sequence, b, head, row);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) load_pairs(upper[n], lower[n], rows + Accumulator::element(column / 8 + n, lane, 0));
     }
     transpose_quad(upper, t);
     transpose_quad(lower, t);
@@ -53,8 +68,9 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
 
 }  // namespace
 
-void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, float scale, cudaStream_t stream) {
-  const int32_t row_blocks = (p.seqlen_q + kRows - 1) / kRows;
+template <class Accumulator>
+void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float scale, cudaStream_t stream) {
+  const int32_t row_blocks = (p.seqlen_q + Accumulator::kTileRows - 1) / Accumulator::kTileRows;
   const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
   if (blocks == 0) return;
   const auto grid = static_cast<uint32_t>(blocks);
@@ -64,5 +80,8 @@ void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, floa
     convert_dq_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p, accumulator, scale, row_blocks);
   check_launch("convert_dq");
 }
+
+template void convert_dq(const AttentionParams&, const DqAccumulator&, float, cudaStream_t);
+template void convert_dq(const AttentionParams&, const TallDqAccumulator&, float, cudaStream_t);
 
 }  // namespace hf_flash::portable

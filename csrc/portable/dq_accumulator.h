@@ -1,6 +1,6 @@
-// Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 rows and head_dim columns, in the
-// order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
-// packed batch starts a tile of its own. Behind the tiles stand counters of the additions: of the turns of a fixed
+// Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 or 80 rows and head_dim columns, in
+// the order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of
+// a packed batch starts a tile of its own. Behind the tiles stand counters of the additions: of the turns of a fixed
 // order, which the deterministic mode has and kernels whose last addition to a tile writes dq itself, and of kernels
 // whose first addition stores, so that the tiles need not be zeroed.
 #pragma once
@@ -11,8 +11,11 @@
 
 namespace hf_flash {
 
-struct DqAccumulator {
-  static constexpr int kTileRows = 64;
+template <int TILE_ROWS>
+struct DqAccumulatorOf {
+  static constexpr int kTileRows = TILE_ROWS;
+  // No product has 80 rows of dQ: such a tile holds dQ transposed, whole as one kernel's products leave it.
+  static constexpr bool kTransposed = TILE_ROWS % 64 != 0;
   static constexpr int kCounters = 2;  // a tile: one for each 32 rows, the shortest query tile of a kernel
 
   float* data = nullptr;        // tiles of kTileRows * columns
@@ -30,9 +33,9 @@ struct DqAccumulator {
   bool ordered = false;                        // the additions are
   static constexpr int32_t kStored = 1 << 24;  // more than there are key tiles
 
-  DqAccumulator() = default;
-  DqAccumulator(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false,
-                int32_t stored_rows = 0)
+  DqAccumulatorOf() = default;
+  DqAccumulatorOf(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false,
+                  int32_t stored_rows = 0)
       : data(static_cast<float*>(workspace)),
         columns(columns),
         packed(p.packed()),
@@ -56,7 +59,7 @@ struct DqAccumulator {
     return b * batch_tiles + head * head_tiles + first + row / kTileRows;
   }
 
-  // The 16 rows from `row` (a multiple of 16) on of sequence b.
+  // The 16 rows from `row` (a multiple of 16; of the tile's rows, where it is transposed) on of sequence b.
   HF_FLASH_HOST_DEVICE float* rows(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
     return data + (tile(sequence, b, head, row) * kTileRows + row % kTileRows) * columns;
   }
@@ -83,7 +86,14 @@ struct DqAccumulator {
     return block * 128 + e * 32 + lane;
 #endif
   }
+  // The same of a transposed tile, whose m16n8 blocks have 16 columns of dQ as rows and 8 of its rows as columns.
+  __device__ static int32_t transposed_element(int32_t column_block, int32_t row_block, int32_t lane, int32_t e) {
+    return element(column_block * (TILE_ROWS / 8) + row_block, lane, e);
+  }
 #endif
 };
+
+using DqAccumulator = DqAccumulatorOf<64>;
+using TallDqAccumulator = DqAccumulatorOf<80>;
 
 }  // namespace hf_flash

@@ -11,10 +11,12 @@ namespace hf_flash::portable {
 
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse; 0 for rows that are not computed, whose dout is not read.
 // Also zeroes the accumulator where one is given, or where that finishes dq, the rows of dq that it does not reach.
-void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream);
+template <class Accumulator>
+void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStream_t stream);
 
 // dq = scale * accumulator in q's dtype, 0 for rows that are not computed. float16 and bfloat16.
-void convert_dq(const AttentionParams& p, const DqAccumulator& accumulator, float scale, cudaStream_t stream);
+template <class Accumulator>
+void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float scale, cudaStream_t stream);
 
 // dsink[h] = -sum over rows of exp(sink - lse) * row_sum, in a fixed order.
 void sink_gradient(const AttentionParams& p, cudaStream_t stream);

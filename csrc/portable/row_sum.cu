@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 8;  // threads of one row: 128 bytes of a 16-bit dtype, a whole cache line, at a time
-constexpr int kRows = DqAccumulator::kTileRows;
 
 template <class Element, class Sum>
 __device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane) {
@@ -25,10 +24,11 @@ __device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane
   return sum;
 }
 
-// One block: 64 rows of one query head of one sequence. Heads run fastest over the grid: their rows are neighbours.
-template <class Element>
+// One block: a tile of one query head of one sequence. Heads run fastest over the grid: their rows are neighbours.
+template <class Element, class Accumulator>
 __global__ void __launch_bounds__(kThreads)
-    row_sum_kernel(const AttentionParams p, const DqAccumulator accumulator, const int32_t row_blocks) {
+    row_sum_kernel(const AttentionParams p, const Accumulator accumulator, const int32_t row_blocks) {
+  constexpr int kRows = Accumulator::kTileRows;
   using Sum = typename SumOf<Element>::type;
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
     for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
   }
-  if (accumulator.counters != nullptr && threadIdx.x < DqAccumulator::kCounters)
+  if (accumulator.counters != nullptr && threadIdx.x < Accumulator::kCounters)
     accumulator.counter(sequence, b, head, first_row)[threadIdx.x] = 0;
   const int32_t lane = threadIdx.x % kLanes;
   const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t r = 0; r < kRows; r += kThreads / kLanes) {
     const int32_t i = first_row + r + threadIdx.x / kLanes;
     if (i - threadIdx.x / kLanes >= sequence.len_q) break;
+    if (kRows % (kThreads / kLanes) != 0 && i - first_row >= kRows) break;  // whole warps
     const int64_t row = sequence.first_q + i;
     if constexpr (sizeof(Element) == 2) {  // what the kernels that finish dq take
       const bool reached = sequence.computes(i) && !sequence.keys_of(p, i, i + 1).empty();
@@ -73,8 +74,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStream_t stream) {
-  const int32_t row_blocks = (p.seqlen_q + kRows - 1) / kRows;
+template <class Accumulator>
+void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStream_t stream) {
+  const int32_t row_blocks = (p.seqlen_q + Accumulator::kTileRows - 1) / Accumulator::kTileRows;
   const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
@@ -84,5 +86,8 @@ void row_sum(const AttentionParams& p, const DqAccumulator& accumulator, cudaStr
   });
   check_launch("row_sum");
 }
+
+template void row_sum(const AttentionParams&, const DqAccumulator&, cudaStream_t);
+template void row_sum(const AttentionParams&, const TallDqAccumulator&, cudaStream_t);
 
 }  // namespace hf_flash::portable

@@ -7,198 +7,13 @@
 
 #include <cuda_runtime.h>
 
-#include "instructions/warpgroup.cuh"
 #include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/backward_producers.cuh"
-#include "sm90/gradient_terms.cuh"
-#include "tile/store.cuh"
+#include "sm90/backward_warpgroup.cuh"
+#include "sm90/tall_backward.cuh"
 
 namespace hf_flash::sm90 {
-
-// What one consumer warpgroup holds in registers, and the steps of the algorithm on it.
-template <class Traits>
-struct BackwardWarpgroup {
-  using T = typename Traits::T;
-  using KeyTile = typename Traits::KeyTile;
-  using QueryTile = typename Traits::QueryTile;
-  static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim, kDqColumns = Traits::kDqColumns;
-
-  const AttentionParams& p;
-  const BackwardShared<Traits>& shared;
-  const GradientTerms<Traits> terms;
-  const int warpgroup, warp;  // warp of the warpgroup
-  uint32_t ds_lane = 0;       // this lane's row of a tile of dS
-  Accumulator<16, kQueries> s, dp;
-  Accumulator<16, kHeadDim> dk, dv;
-  Accumulator<16, kDqColumns> dq;
-  OperandA<16, kQueries> probabilities, ds;
-
-  __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared,
-                               int warpgroup)
-      : p(p), shared(shared), terms{p, shared, maps.terms}, warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
-    dk.clear();
-    dv.clear();
-    const int lane = threadIdx.x % 32;
-    ds_lane = Traits::ScoreColumns::offset(64 * warpgroup + 16 * warp + lane % 16, lane / 16);
-  }
-
-  // Turns at the tensor cores.
-  __device__ __forceinline__ void wait_for_turn() const { named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads); }
-  __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
-
-  // n: place of the piece of work; step: place of the step. V has one place alone.
-  __device__ __forceinline__ void start_scores(uint32_t n, uint32_t step) {
-    wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
-        s, KeyTile::descriptor(shared.k_tile(n) + warpgroup * 64 * 128), QueryTile::descriptor(shared.q_tile(step)));
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void start_dp(uint32_t step) {
-    wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
-        dp, KeyTile::descriptor(shared.v_tile() + warpgroup * 64 * 128), QueryTile::descriptor(shared.dout_tile(step)));
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void start_dk_dv(uint32_t step) {
-    wgmma_fence();
-    start_multiply<T, QueryTile>(dv, probabilities, QueryTile::descriptor(shared.dout_tile(step)));
-    start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
-    wgmma_commit();
-  }
-  // dQ = dS K.
-  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
-    using ByQuery = typename Traits::ScoreTile;
-    using ByKey = typename Traits::ScoreColumns;
-    constexpr int kOwn = Traits::kSplitColumns ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
-    const uint32_t own = shared.ds_tile(step) + warpgroup * kOwn;
-    const uint32_t a = Traits::kExtras ? ByQuery::descriptor(own) : ByKey::descriptor(own);
-    constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
-    const uint32_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kDqColumns, !Traits::kExtras, 1>(wgmma_registers(dq),
-                                                   a + (Traits::kExtras ? ByQuery::across(k) : ByKey::down(k)),
-                                                   b + KeyTile::down(k), k > 0);
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ uint32_t ds_place(uint32_t step) const {
-    return GradientTerms<Traits>::place(shared.ds_tile(step));
-  }
-  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
-    return plan.j0 + 64 * warpgroup + 16 * warp;  // of this warp
-  }
-
-  // S and dP of a step, both under way and S first, become P and dS. n: its piece of work's place.
-  __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
-    const BackwardStep& at = shared.step(step);
-    const BackwardPlan& plan = shared.plan(n);
-    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
-    const int key0 = first_key(plan);
-    const float* lse = shared.row_values(step) + lane_col();
-    wgmma_wait<1>();
-    wgmma_settle(s);
-    if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), key0);
-    if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, key0);
-    gradient.exponentiate(s, lse, terms.constants.factor, at.i0, key0);
-    wgmma_wait<0>();
-    wgmma_settle(dp);
-    gradient.differentiate(s, dp, lse + kQueries);
-    if constexpr (Traits::kExtras) terms.finish(dp, plan, at, ds_place(step), key0);
-    if (at.last) shared.v.release(n);
-    to_operand<T>(probabilities, s, 0);
-    to_operand<T>(ds, dp, 0);
-  }
-
-  // dS to shared memory, where both warpgroups read it for dQ once publish_ds() says that it is there.
-  __device__ __forceinline__ void lay_out_ds(uint32_t step) const {
-    shared.ds.wait_empty(step);
-    if constexpr (Traits::kExtras) {
-      const uint32_t place = ds_place(step);
-#pragma unroll
-      for (int k = 0; k < kQueries / 16; ++k)
-        stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
-    } else {
-      const uint32_t row = shared.ds_tile(step) + ds_lane;
-#pragma unroll
-      for (int k = 0; k < kQueries / 16; ++k)
-        stmatrix_x4((row ^ (k % 4 * 32)) + k / 4 * Traits::ScoreColumns::kBlockBytes, ds.x[0][k]);
-    }
-  }
-  __device__ __forceinline__ void publish_ds(uint32_t step) const {
-    fence_async_proxy();
-    shared.ds.release_full(step);
-  }
-
-  // dq of a step that finishes it: what the others have added and its own, scaled and rounded. sums: this lane's in
-  // shared memory; block: this warp's 16 rows of the tile; column_block: its first 8 columns.
-  __device__ __forceinline__ void write_dq(const DqTarget& target, uint32_t sums, int block, int column_block,
-                                           int lane) const {
-    const int t = lane % 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * block + lane / 4 + 8 * r;
-      const bool inside = row >= target.begin && row < target.end;
-      T* const to = static_cast<T*>(target.rows) + row * target.row + 8 * t;
-#pragma unroll
-      for (int n = 0; n < kDqColumns / 8; n += 4) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float2 sum{0, 0};
-          if (target.adds) sum = load_shared_float2(sums + 4 * DqAccumulator::element(n + i, 0, 2 * r));
-          const float factor = target.factor, (&own)[4] = dq.x[0][n + i];
-          x[i] = pack<T>((sum.x + own[2 * r]) * factor, (sum.y + own[2 * r + 1]) * factor);
-        }
-        transpose_quad(x, t);
-        if (inside && 8 * (column_block + n + t) < p.head_dim)
-          *reinterpret_cast<uint4*>(to + 8 * n + 8 * column_block) = uint4{x[0], x[1], x[2], x[3]};
-      }
-    }
-  }
-
-  // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add once the place
-  // is released. This warpgroup has blocks of 16 rows with all columns, or half of the columns of each.
-  __device__ __forceinline__ void lay_out_dq(uint32_t step, bool finishes) const {
-    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
-    const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
-    const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
-    const uint32_t rows =
-        shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
-    shared.dq.wait_full(step);
-    if (finishes) {
-      write_dq(shared.dq_target(), rows, block, column_block, lane);
-    } else {
-#pragma unroll
-      for (int n = 0; n < kDqColumns / 8; ++n) {
-        const float (&x)[4] = dq.x[0][n];
-        store_shared_16_bytes(
-            rows + 4 * DqAccumulator::element(n, 0, 0),
-            uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-      }
-    }
-  }
-
-  // dK and dV of this warp's keys, rounded; both start again at zero.
-  __device__ __forceinline__ void store(const BackwardPlan& plan) {
-    // opaque: found before the loop, it would hold a register all along.
-    const float dropout_factor = Traits::kDropout ? 256.0f / opaque(p.dropout_keep) : 1.0f;
-    const float dk_factor = terms.constants.scale * dropout_factor;
-    dk.for_each([&](float& x, int, int) { x *= dk_factor; });
-    if (Traits::kDropout) dv.for_each([&](float& x, int, int) { x *= dropout_factor; });
-    const int key0 = first_key(plan), rows = plan.sequence.len_k - key0;
-    const auto head_of = [&](const Rows& x) {
-      return static_cast<T*>(x.data) + plan.batch * x.batch + (plan.sequence.first_k + key0) * x.row +
-             plan.kv_head * x.head;
-    };
-    store_fragment<T>(head_of(p.dk), p.dk.row, p.head_dim, dk, 0, rows);
-    store_fragment<T>(head_of(p.dv), p.dv.row, p.head_dim_v, dv, 0, rows);
-    dk.clear();
-    dv.clear();
-  }
-};
 
 // The steps of all pieces of work form one stream. A round starts dV and dK of the current step, dQ of the step before
 // and S of the next one; while these run dQ leaves, then the next step's P and dS are worked out. The warpgroups take
@@ -293,7 +108,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
-                    const __grid_constant__ DqAccumulator accumulator,
+                    const __grid_constant__ typename Traits::DqSums accumulator,
                     const __grid_constant__ PersistentSchedule schedule, const __grid_constant__ BackwardGrid grid) {
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
@@ -312,20 +127,32 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 3) add_dq(p, accumulator, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
-    consume(p, maps, shared, warpgroup);
+    if constexpr (Traits::kTall) {
+      consume_tall(p, maps, shared, warpgroup);
+    } else {
+      consume(p, maps, shared, warpgroup);
+    }
   }
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
-void run_backward(const AttentionParams& p, cudaStream_t stream) {
-  using Traits = BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
-  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM, grid.finishes_dq, grid.stores_first ? Traits::kQueries : 0);
+template <class Traits>
+void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream_t stream) {
+  const typename Traits::DqSums accumulator(p, p.workspace, Traits::kHeadDim, grid.finishes_dq,
+                                            grid.stores_first ? Traits::kQueries : 0);
   portable::row_sum(p, accumulator, stream);
   launch_backward<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
   if (!accumulator.finishes_dq)
     portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+}
+
+template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+void run_backward(const AttentionParams& p, cudaStream_t stream) {
+  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
+  if constexpr (HEAD_DIM == 128 && !DROPOUT && !EXTRAS) {
+    if (grid.tall) return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, kTallQueries>>(p, grid, stream);
+  }
+  run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>>(p, grid, stream);
 }
 
 }  // namespace hf_flash::sm90

@@ -17,6 +17,7 @@ struct BackwardGrid {
   bool finishes_dq;   // so the order is fixed, and the last turn can write dq
   bool stores_first;  // the first to add to a query tile's dQ stores, and nobody has to zero it
   bool spreads;       // the key tiles of a head start at query tiles apart from each other's
+  bool tall;          // query tiles of 80, where the kernel has them
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
@@ -30,6 +31,7 @@ struct BackwardGrid {
     if (rotates) ctas -= ctas % tiles;
     stores_first = head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
+    tall = head_dim == 128 && !finishes_dq && p.seqlen_q >= kTallFromQueries && p.seqlen_k > kFinishedKeys;
   }
 
  private:

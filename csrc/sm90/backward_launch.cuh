@@ -11,7 +11,7 @@ namespace hf_flash::sm90 {
 
 // kernel(p, maps, accumulator, schedule, grid), persistent CTAs.
 template <class Traits, class Kernel>
-void launch_backward(Kernel* kernel, const AttentionParams& p, const DqAccumulator& accumulator,
+void launch_backward(Kernel* kernel, const AttentionParams& p, const typename Traits::DqSums& accumulator,
                      const BackwardGrid& grid, cudaStream_t stream) {
   static SharedMemoryPermit permit;
   permit.ask(kernel, BackwardShared<Traits>::kBytes);

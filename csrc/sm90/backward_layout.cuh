@@ -80,14 +80,15 @@ struct BackwardStep {
 // Where dQ of a step goes. The warp that adds dQ says so when it gives the step the place in shared memory: all of it,
 // for the consumers have no registers for what they would read of the parameters.
 struct DqTarget {
-  void* rows;      // dq of the tile's first query, of a step that finishes it; null: the accumulator
+  void* rows;      // dq of the tile's first query, of a step that finishes it
   int64_t row;     // stride
   int begin, end;  // rows of the tile that are computed
   float factor;    // of the sums
   bool adds;       // the place holds what the other key tiles have added
 };
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS,
+          int QUERIES = backward_config(HEAD_DIM, EXTRAS).queries>
 struct BackwardTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
@@ -97,21 +98,27 @@ struct BackwardTraits {
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
   static_assert(kKeys == backward_keys(HEAD_DIM));
-  static constexpr int kQueries = backward_config(HEAD_DIM, EXTRAS).queries;
-  // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64.
+  static constexpr int kQueries = QUERIES;
+  // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64; of tall tiles, which are no
+  // multiple of 64, half of the columns as dQ^T.
+  static constexpr bool kTall = kQueries == kTallQueries;
+  static_assert(!kTall || (HEAD_DIM == 128 && !DROPOUT && !EXTRAS));
   static constexpr bool kSplitColumns = kQueries == 64;
-  static constexpr int kDqColumns = kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
+  static constexpr int kDqColumns = kTall ? kQueries : kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
+  using DqSums = DqAccumulatorOf<kTall ? kQueries : 64>;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
-  using ScoreTile = SwizzledTile<kQueries, kKeys>;  // of the bias, and with extras dS in its place
+  // Of the bias, and with extras dS in its place; of dS where dQ^T is computed.
+  using ScoreTile = SwizzledTile<kQueries, kKeys>;
   // Otherwise dS lies with keys as rows, as the fragments have it: 1 to 3 % faster.
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;
 
-  // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, V of one, Q, dO and dS
-  // of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A third tile of dS lets a step's
-  // bias come while the step before is at work. A plan's place is free when the warp that adds dQ is done with it.
-  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : 2, kPlans = 4, kSteps = 8;
+  // Shared memory: K of three pieces of work (dQ is one step late, S one early) or at least two, of one where dQ is not
+  // late, V of one, Q, dO and dS of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A
+  // third tile of dS lets a step's bias come while the step before is at work. A plan's place is free when the warp
+  // that adds dQ is done with it.
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : kTall ? 1 : 2, kPlans = 4, kSteps = 8;
   static constexpr bool kPlansAhead = true;  // a step's word tells of the next one
   // Single steps: while dQ of one piece of work leaves, the words of the next two are out and name a fourth.
   static_assert(kPlans >= 4);

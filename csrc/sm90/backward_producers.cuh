@@ -178,7 +178,7 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       const float* row_sum =
           static_cast<const float*>(p.row_sum.data) + plan.batch * p.row_sum.batch + head * p.row_sum.head;
       // All loads are under way before the first is needed: their latency counts once.
-      constexpr int kRows = Traits::kQueries / 32;
+      constexpr int kRows = (Traits::kQueries + 31) / 32;
       const int64_t row0 = plan.sequence.first_q + i0;
       const int lane = threadIdx.x % 32, begin = plan.sequence.query_begin - i0, end = plan.sequence.query_end - i0;
       float row_lse[kRows], row_sums[kRows];
@@ -192,6 +192,7 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       float* to = shared.row_values(step) + lane;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        if (32 * r + lane >= Traits::kQueries) continue;
         to[32 * r] = lse_for_gradient(row_lse[r]);
         to[Traits::kQueries + 32 * r] = row_sums[r] * factor;
       }
@@ -226,11 +227,12 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
   }
 }
 
-// Of a query tile's part of the accumulator, which ends with the sequence's last tile of 64 rows.
+// Of a query tile's part of the accumulator, which ends with the last of its tiles that the sequence has.
 template <class Traits>
 __device__ __forceinline__ int dq_bytes(const Sequence& sequence, int i0) {
-  constexpr int kTileBytes = DqAccumulator::kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
-  return i0 + DqAccumulator::kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
+  constexpr int kTileRows = Traits::DqSums::kTileRows;
+  constexpr int kTileBytes = kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
+  return i0 + kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
 }
 
 // How many key tiles add to a query tile's dQ before this piece of work does. They have consecutive numbers, from that
@@ -253,7 +255,8 @@ __device__ __forceinline__ int turn_of(const AttentionParams& p, const BackwardP
 // Gives the place for dQ to a step that finishes dq of its queries: once all others have had their turns, with what
 // they have added.
 template <class Traits>
-__device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, const DqAccumulator& accumulator,
+__device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
+                                                     const typename Traits::DqSums& accumulator,
                                                      const BackwardPlan& plan, int head, int i0, uint32_t full,
                                                      const BackwardShared<Traits>& shared) {
   const Sequence& sequence = plan.sequence;
@@ -282,7 +285,7 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p, c
 // query tile take turns, and the last one may finish dq, which the consumers do. Otherwise they come as they come. The
 // first to come stores, where nobody has zeroed the accumulator.
 template <class Traits>
-__device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumulator& accumulator,
+__device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
                                        const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
   uint32_t step = 0;
@@ -308,7 +311,6 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
         fence_async_proxy();
         continue;
       }
-      shared.dq_target().rows = nullptr;
       mbarrier_arrive(shared.dq.full(step));
       end_turn();
       int32_t* const counter =
@@ -328,9 +330,9 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const DqAccumul
         stores = before == 0;
         if (stores) {
           arrived = counter;
-          count = DqAccumulator::kStored;
-        } else if (before < DqAccumulator::kStored) {
-          while (load_acquire(counter) < DqAccumulator::kStored) {
+          count = Traits::DqSums::kStored;
+        } else if (before < Traits::DqSums::kStored) {
+          while (load_acquire(counter) < Traits::DqSums::kStored) {
           }
         }
       }

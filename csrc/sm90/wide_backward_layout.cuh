@@ -23,6 +23,7 @@ struct WideTraits {
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
   using ScoreTile = SwizzledTile<kQueries, kKeys>;     // of the bias or the softcap's slopes
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS
+  using DqSums = DqAccumulator;
 
   // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and
   // a slice never straddles a block of 64 columns of K.

@@ -22,7 +22,8 @@ int main(int, char** x) {
   p.window_right = std::atoi(x[3]);
   p.deterministic = std::atoi(x[4]);
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
-  std::printf("%d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads);
+  std::printf("%d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
+              grid.tall);
 }
 """
 
@@ -31,7 +32,7 @@ int main(int, char** x) {
 def grid(tmp_path_factory):
     """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) on 132 SMs.
 
-    Returns ctas, rotates, finishes_dq, stores_first, spreads.
+    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall.
     """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
@@ -45,7 +46,7 @@ def grid(tmp_path_factory):
 
 
 def test_short_calls_finish_dq(grid):
-    assert grid(512, 512, -1, False, 64) == (132, 1, 1, 1, 1)
+    assert grid(512, 512, -1, False, 64) == (132, 1, 1, 1, 1, 0)
     assert grid(512, 513, -1, False, 64)[1:3] == (0, 0)  # too long for its waits
     assert grid(300, 512, -1, False, 64)[1:3] == (0, 0)  # four tiles of keys, three of queries: two would start at one
     assert grid(512, 512, 0, False, 64)[1:3] == (0, 0)  # a causal mask
@@ -54,10 +55,10 @@ def test_short_calls_finish_dq(grid):
 
 
 def test_the_first_addition_stores_unless_sequences_are_long(grid):
-    assert grid(4096, 4096, 0, False, 64)[3:] == grid(4096, 4096, -1, False, 128)[3:] == (1, 1)
-    assert grid(4097, 4097, 0, False, 64)[3:] == (0, 0)
-    assert grid(2048, 2048, -1, False, 256)[3:] == (0, 0)
-    assert grid(20000, 20000, 0, True, 64)[3:] == (1, 0)  # in an order of its own from the last query tile down
+    assert grid(4096, 4096, 0, False, 64)[3:5] == grid(4096, 4096, -1, False, 128)[3:5] == (1, 1)
+    assert grid(4097, 4097, 0, False, 64)[3:5] == (0, 0)
+    assert grid(2048, 2048, -1, False, 256)[3:5] == (0, 0)
+    assert grid(20000, 20000, 0, True, 64)[3:5] == (1, 0)  # in an order of its own from the last query tile down
 
 
 def test_a_fixed_order_has_whole_heads_at_once(grid):
@@ -66,10 +67,17 @@ def test_a_fixed_order_has_whole_heads_at_once(grid):
     assert grid(2048, 2048, 0, True, 128)[:3] == (132, 0, 0)
     assert grid(90, 9000, -1, True, 64)[1:3] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
     for seqlen, head_dim in itertools.product((100, 640, 1500, 4096, 20000), (64, 256)):
-        ctas, rotates, finishes, _, spreads = grid(seqlen, seqlen, -1, True, head_dim)
+        ctas, rotates, finishes, _, spreads, _ = grid(seqlen, seqlen, -1, True, head_dim)
         tiles = -(-seqlen // (128 if head_dim <= 128 else 64))
         assert not rotates or (ctas % tiles == 0 and spreads)
         assert rotates or not finishes
+
+
+def test_long_calls_of_wide_heads_have_tall_query_tiles(grid):
+    assert grid(1024, 1024, -1, False, 128)[5] == grid(512, 513, 0, True, 128)[5] == 1
+    assert grid(1024, 1024, -1, False, 64)[5] == grid(1024, 1024, -1, False, 256)[5] == 0
+    assert grid(512, 512, 0, False, 128)[5] == grid(511, 4096, -1, False, 128)[5] == 0
+    assert grid(1024, 1024, -1, True, 128)[2::3] == (1, 0)  # dq is finished by the other kernel
 
 
 def test_nothing_to_do(grid):

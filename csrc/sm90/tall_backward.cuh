@@ -1,0 +1,134 @@
+// The consumers of the backward with query tiles of 80, for head dimension 128: what a tile of 64 leaves of shared
+// memory's bandwidth and of the registers. The steps are the paper's, one after the other: the warpgroups lay out dS,
+// meet, and compute dQ at once, so that K needs one place; only S and dP of the next step start before a step's end. No
+// product can have 80 rows, so it is dQ^T = K^T dS^T, and dQ is summed transposed.
+#pragma once
+
+#include "sm90/backward_warpgroup.cuh"
+
+namespace hf_flash::sm90 {
+
+template <class Traits>
+struct TallWarpgroup : BackwardWarpgroup<Traits> {
+  using Base = BackwardWarpgroup<Traits>;
+  using typename Base::KeyTile;
+  using typename Base::QueryTile;
+  using typename Base::T;
+  using ScoreTile = typename Traits::ScoreTile;
+  static constexpr int kQueries = Traits::kQueries;
+  using Base::Base, Base::dk, Base::dq, Base::ds, Base::dv, Base::probabilities, Base::shared, Base::warpgroup;
+
+  __device__ __forceinline__ void start_dv(uint32_t step) {
+    wgmma_fence();
+    start_multiply<T, QueryTile>(dv, probabilities, QueryTile::descriptor(shared.dout_tile(step)));
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dk(uint32_t step) {
+    wgmma_fence();
+    start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
+    wgmma_commit();
+  }
+  // This warpgroup's 64 columns of dQ as rows.
+  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
+    const uint32_t a = KeyTile::descriptor(shared.k_tile(n) + warpgroup * KeyTile::kBlockBytes);
+    const uint32_t b = ScoreTile::descriptor(shared.ds_tile(step));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kKeys / 16; ++k)
+      wgmma_ss<T, kQueries, 1, 0>(wgmma_registers(dq), a + KeyTile::down(k), b + ScoreTile::across(k), k > 0);
+    wgmma_commit();
+  }
+
+  // dS, queries as rows, to shared memory, until both warpgroups have. dS of the step before last, which lay there, has
+  // been read: they have met since.
+  __device__ __forceinline__ void share_ds(uint32_t step) const {
+    const uint32_t place = this->ds_place(step);
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; ++k)
+      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+    fence_async_proxy();
+    named_barrier_wait(1, 2 * kWarpgroupThreads);
+  }
+
+  // dQ^T of a step, laid out as the accumulator has it, for a warp of the producers to add.
+  __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
+    using Sums = typename Traits::DqSums;
+    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost a register all along
+    const uint32_t to = shared.dq_tile() + 4 * Sums::transposed_element(4 * warpgroup + this->warp, 0, lane, 0);
+    shared.dq.wait_full(step);
+#pragma unroll
+    for (int n = 0; n < kQueries / 8; ++n) {
+      const float (&x)[4] = dq.x[0][n];
+      store_shared_16_bytes(
+          to + 4 * Sums::transposed_element(0, n, 0, 0),
+          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+    }
+  }
+};
+
+// Each round ends with nothing under way and P and dS of the next step in registers: ptxas keeps products apart from
+// what it sees cross a round's end. dK comes after dQ, which leaves while it runs.
+template <class Traits>
+__device__ __forceinline__ void consume_tall(const AttentionParams& p, const BackwardMaps& maps,
+                                             const BackwardShared<Traits>& shared, int warpgroup) {
+  TallWarpgroup<Traits> state(p, maps, shared, warpgroup);
+  uint32_t step = 0;  // place in the rings
+  shared.steps.wait_full(step);
+  int n = uniform(shared.step(step).plan), n_next = uniform(shared.step(step).next);  // pieces of work
+  if (n < 0) return;
+  shared.k.wait_full(n);
+  state.start_scores(n, step);
+  shared.v.wait_full(n);
+  const bool boundary = shared.step(step).boundary[warpgroup];
+  state.start_dp(step);
+  state.differentiate(n, step, boundary);
+
+  for (;; ++step) {
+    step = uniform(step);
+    if (n_next < 0) break;
+    state.start_dv(step);
+    state.share_ds(step);
+    state.start_dq(n, step);
+    wgmma_wait<1>();
+    wgmma_settle(state.dv);
+    state.start_dk(step);
+    shared.steps.wait_full(step + 1);
+    const BackwardStep& next = shared.step(step + 1);
+    const bool moves = n_next != n, boundary = next.boundary[warpgroup];
+    const int after = next.next;
+    wgmma_wait<1>();
+    wgmma_settle(state.dq);
+    if (moves) shared.k.release(n);
+    state.lay_out_dq(step);
+    wgmma_wait<0>();
+    wgmma_settle(state.dk);
+    shared.steps.release(step);
+    if (moves) {  // while the next K comes
+      state.store(shared.plan(n));
+      shared.k.wait_full(n_next);
+    }
+    state.start_scores(n_next, step + 1);
+    if (moves) shared.v.wait_full(n_next);
+    state.start_dp(step + 1);
+    const int n_after = uniform(after);
+    shared.dq.release(step);  // no earlier: the stores hold it up
+    state.differentiate(n_next, step + 1, boundary);
+    n = n_next;
+    n_next = n_after;
+  }
+
+  state.start_dv(step);
+  state.start_dk(step);
+  state.share_ds(step);
+  wgmma_wait<0>();
+  wgmma_settle(state.dv);
+  wgmma_settle(state.dk);
+  state.store(shared.plan(n));
+  state.start_dq(n, step);
+  wgmma_wait<0>();
+  wgmma_settle(state.dq);
+  state.lay_out_dq(step);
+  shared.dq.release(step);
+}
+
+}  // namespace hf_flash::sm90
