@@ -58,14 +58,15 @@ struct ForwardWarpgroup {
 
   // The rings' places of the tiles.
   __device__ __forceinline__ void start_scores(uint32_t q_place, uint32_t place) {
-    const uint32_t q = Traits::QTile::descriptor(shared.q_tile(q_place) + warpgroup * 64 * 128);
-    const uint32_t k = Traits::KVTile::descriptor(shared.k_tile(place));
+    constexpr bool kMoved = Traits::kConfig.moves_descriptors;
+    const uint32_t q = Traits::QTile::template descriptor<kMoved>(shared.q_tile(q_place) + warpgroup * 64 * 128);
+    const uint32_t k = Traits::KVTile::template descriptor<kMoved>(shared.k_tile(place));
     wgmma_fence();
     start_multiply_by_transpose<T, Traits::kHeadDim, typename Traits::QTile, typename Traits::KVTile>(s, q, k);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_output(uint32_t place) {
-    const uint32_t v = Traits::KVTile::descriptor(shared.v_tile(place));
+    const uint32_t v = Traits::KVTile::template descriptor<Traits::kConfig.moves_descriptors>(shared.v_tile(place));
     wgmma_fence();
     start_multiply<T, typename Traits::KVTile>(out, probabilities, v);
     wgmma_commit();

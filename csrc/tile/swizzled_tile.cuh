@@ -22,11 +22,14 @@ struct SwizzledTile {
     return chunk / 8 * kBlockBytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
 
-  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024, in uniform
-  // registers, where wgmma wants it: moved there one by one, descriptors took half of the instructions. Leading:
-  // between blocks of 64 columns, read only where the columns are the operand's rows.
+  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024. Leading: between
+  // blocks of 64 columns, read only where the columns are the operand's rows. wgmma wants it in uniform registers.
+  // MOVED there: where ptxas does not see that it is uniform it moves one descriptor after the other, which took half
+  // of the instructions. The move waits behind what the warp has in the queue to shared memory, products too.
+  template <bool MOVED = true>
   __device__ static uint32_t descriptor(uint32_t address) {
-    return uniform(uint32_t{kBlockBytes / 16 << 16 | address >> 4});
+    const uint32_t lower = uint32_t{kBlockBytes / 16 << 16} | address >> 4;
+    return MOVED ? uniform(lower) : lower;
   }
 
   // Steps of 16 along the depth, to be added to a descriptor: across the columns where the tile's rows are the

@@ -23,6 +23,7 @@ def calls(device, dtype):
         qkv_tiles = make_qkv(device, dtype, 1, 150, 290, heads=2, heads_k=1, head_dim=head_dim)
         for deterministic in (False, True):
             yield *qkv_tiles, {"causal": True, "deterministic": deterministic}
+    yield *make_qkv(device, dtype, 1, 530, 520, heads=1, head_dim=128), {"causal": True}  # query tiles of 80
     slopes, sink = torch.rand(2, device=device), torch.randn(2, device=device)
     bias = torch.randn(1, 2, 77, 141, device=device, dtype=dtype)
     mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
