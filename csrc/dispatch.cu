@@ -164,8 +164,9 @@ int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
+  // Stores first: of however many rows.
   const int64_t bytes = DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
-  const TallDqAccumulator tall(p, nullptr, hopper, grid.finishes_dq, grid.stores_first);  // of however many rows
+  const TallDqAccumulator tall(p, nullptr, hopper, grid.finishes_dq, grid.stores_first);
   return grid.tall ? std::max(bytes, tall.bytes(p)) : bytes;
 }
 

@@ -25,30 +25,30 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
     const int32_t row = block * kRows + item / column_groups * 16;
     const int32_t column = item % column_groups * 32;
     if (row >= sequence.len_q) return;
+    const float* rows = accumulator.rows(sequence, b, head, row);
     const bool has_sums = accumulator.has_sums(sequence, b, head, row);
     // This lane's pairs of columns 8 n + 2 t of rows `group` and group + 8.
     uint32_t upper[4], lower[4];
-    const auto load_pairs = [&](uint32_t& first, uint32_t& second, const float* from) {
+    const auto load_pairs = [&](uint32_t& first, uint32_t& second, const float* from, bool exist = true) {
       float x[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = has_sums ? scale * from[DqAccumulator::element(0, 0, e)] : 0.0f;
+      for (int e = 0; e < 4; ++e) x[e] = has_sums && exist ? scale * from[DqAccumulator::element(0, 0, e)] : 0.0f;
       first = pack<T>(x[0], x[1]);
       second = pack<T>(x[2], x[3]);
     };
     if constexpr (Accumulator::kTransposed) {
-      const float* tile = accumulator.rows(sequence, b, head, block * kRows);
 #pragma unroll
       for (int n = 0; n < 4; n += 2) {
-        const auto load_transposed = [&](uint32_t (&x)[4], int32_t row_block) {
-          load_pairs(x[n], x[n + 1], tile + Accumulator::transposed_element(column / 16 + n / 2, row_block, lane, 0));
+        const auto load_transposed = [&](uint32_t (&x)[4], int32_t unit) {
+          const int32_t at = Accumulator::transposed_element(accumulator.columns, unit, column / 16 + n / 2, lane, 0);
+          load_pairs(x[n], x[n + 1], rows + at, row + 8 * unit < sequence.len_q);
           x[n] = transpose_8x8(x[n]);
           x[n + 1] = transpose_8x8(x[n + 1]);
         };
-        load_transposed(upper, row % kRows / 8);
-        load_transposed(lower, row % kRows / 8 + 1);
+        load_transposed(upper, 0);
+        load_transposed(lower, 1);
       }
     } else {
-      const float* rows = accumulator.rows(sequence, b, head, row);
 #pragma unroll
       for (int n = 0; n < 4; ++n) load_pairs(upper[n], lower[n], rows + Accumulator::element(column / 8 + n, lane, 0));
     }

@@ -1,8 +1,8 @@
-// Where a backward kernel sums dQ in float32 before it is converted: tiles of 64 or 80 rows and head_dim columns, in
-// the order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of
-// a packed batch starts a tile of its own. Behind the tiles stand counters of the additions: of the turns of a fixed
-// order, which the deterministic mode has and kernels whose last addition to a tile writes dq itself, and of kernels
-// whose first addition stores, so that the tiles need not be zeroed.
+// Where a backward kernel sums dQ in float32 before it is converted: units of 64 or 8 rows and head_dim columns, in the
+// order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
+// packed batch starts a unit of its own. Behind the units stand counters of the additions: of the turns of a fixed
+// order, which the deterministic mode has and kernels whose last addition to a query tile writes dq itself, and of
+// kernels whose first addition stores, so that nothing need be zeroed.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,26 @@
 
 namespace hf_flash {
 
+// TILE_ROWS: of the passes before and after.
 template <int TILE_ROWS>
 struct DqAccumulatorOf {
   static constexpr int kTileRows = TILE_ROWS;
-  // No product has 80 rows of dQ: such a tile holds dQ transposed, whole as one kernel's products leave it.
+  // No product has 80 rows of dQ: those of such tiles are summed transposed, 8 rows a unit.
   static constexpr bool kTransposed = TILE_ROWS % 64 != 0;
-  static constexpr int kCounters = 2;  // a tile: one for each 32 rows, the shortest query tile of a kernel
+  static constexpr int kUnitRows = kTransposed ? 8 : TILE_ROWS;
+  static constexpr int kCounters = kTransposed ? 1 : 2;  // a unit: one for each 32 rows, the shortest query tile
 
-  float* data = nullptr;        // tiles of kTileRows * columns
-  int32_t* counters = nullptr;  // kCounters for each tile; null where nobody counts
-  int64_t batch_tiles = 0;      // tiles from one sequence to the next; 0 when packed
-  int64_t head_tiles = 0;       // tiles from one query head to the next
+  float* data = nullptr;        // units of kUnitRows * columns
+  int32_t* counters = nullptr;  // kCounters for each unit; null where nobody counts
+  int64_t batch_units = 0;      // from one sequence to the next; 0 when packed
+  int64_t head_units = 0;       // from one query head to the next
   int32_t columns = 0;          // head_dim rounded up to what the kernel computes, a multiple of 32
   bool packed = false;
   // The last turn writes dq, of rows that are computed and see keys; the kernel of the row sums writes zeros to the
   // other rows of dq.
   bool finishes_dq = false;
-  // The first addition to a query tile, of so many rows, stores, and nobody has to zero the tiles; those that nothing
-  // was added to have no sums. 0: they are zeroed before, and the additions just add.
+  // The first addition to a query tile, of so many rows, stores, and nobody has to zero them; tiles that nothing was
+  // added to have no sums. 0: they are zeroed before, and the additions just add.
   int32_t stored_rows = 0;
   bool ordered = false;                        // the additions are
   static constexpr int32_t kStored = 1 << 24;  // more than there are key tiles
@@ -42,32 +44,38 @@ struct DqAccumulatorOf {
         finishes_dq(finishes_dq),
         stored_rows(stored_rows),
         ordered(p.deterministic || finishes_dq) {
-    head_tiles = packed ? p.total_q / kTileRows + p.batch + 1 : (p.seqlen_q + kTileRows - 1) / kTileRows;
-    batch_tiles = packed ? 0 : head_tiles * p.heads_q;
-    if (counts()) counters = reinterpret_cast<int32_t*>(data + tiles(p) * kTileRows * columns);
+    head_units = packed ? p.total_q / kUnitRows + p.batch + 1 : units_of(p.seqlen_q);
+    batch_units = packed ? 0 : head_units * p.heads_q;
+    if (counts()) counters = reinterpret_cast<int32_t*>(data + units(p) * kUnitRows * columns);
   }
 
   HF_FLASH_HOST_DEVICE bool stores_first() const { return stored_rows > 0; }
   bool counts() const { return ordered || stores_first(); }
-  int64_t tiles(const AttentionParams& p) const { return head_tiles * p.heads_q * (packed ? 1 : p.batch); }
+  int64_t units(const AttentionParams& p) const { return head_units * p.heads_q * (packed ? 1 : p.batch); }
   int64_t bytes(const AttentionParams& p) const {
-    return tiles(p) * 4 * (int64_t{kTileRows} * columns + (counts() ? kCounters : 0));
+    return units(p) * 4 * (int64_t{kUnitRows} * columns + (counts() ? kCounters : 0));
   }
 
-  HF_FLASH_HOST_DEVICE int64_t tile(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
-    const int64_t first = packed ? sequence.first_q / kTileRows + b : 0;
-    return b * batch_tiles + head * head_tiles + first + row / kTileRows;
+  HF_FLASH_HOST_DEVICE static int32_t units_of(int32_t rows) { return (rows + kUnitRows - 1) / kUnitRows; }
+  // So many of `count` rows from `row` on have a place: the last unit of a sequence has places for all of its own.
+  HF_FLASH_HOST_DEVICE static int32_t rows_of(const Sequence& sequence, int32_t row, int32_t count) {
+    const int32_t left = units_of(sequence.len_q - row) * kUnitRows;
+    return count < left ? count : left;
+  }
+  HF_FLASH_HOST_DEVICE int64_t unit(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    const int64_t first = packed ? sequence.first_q / kUnitRows + b : 0;
+    return b * batch_units + head * head_units + first + row / kUnitRows;
   }
 
-  // The 16 rows from `row` (a multiple of 16; of the tile's rows, where it is transposed) on of sequence b.
+  // The 16 rows, transposed 8, from `row` (a multiple of as many) on of sequence b.
   HF_FLASH_HOST_DEVICE float* rows(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
-    return data + (tile(sequence, b, head, row) * kTileRows + row % kTileRows) * columns;
+    return data + (unit(sequence, b, head, row) * kUnitRows + row % kUnitRows) * columns;
   }
 
-  // How many key tiles have added to the rows from `row` (a multiple of 32) on; or how many have come, plus kStored
-  // once the first one's sums are there.
+  // How many key tiles have added to the query tile from `row` on; or how many have come, plus kStored once the first
+  // one's sums are there.
   HF_FLASH_HOST_DEVICE int32_t* counter(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
-    return counters + tile(sequence, b, head, row) * kCounters + row % kTileRows / 32;
+    return counters + unit(sequence, b, head, row) * kCounters + row % kUnitRows / 32;
   }
 
   // Are there sums of the rows from `row` on?
@@ -86,9 +94,10 @@ struct DqAccumulatorOf {
     return block * 128 + e * 32 + lane;
 #endif
   }
-  // The same of a transposed tile, whose m16n8 blocks have 16 columns of dQ as rows and 8 of its rows as columns.
-  __device__ static int32_t transposed_element(int32_t column_block, int32_t row_block, int32_t lane, int32_t e) {
-    return element(column_block * (TILE_ROWS / 8) + row_block, lane, e);
+  // The same of transposed units, whose m16n8 blocks have 16 columns of dQ as rows and the unit's rows as columns.
+  __device__ static int32_t transposed_element(int32_t columns, int32_t unit, int32_t column_block, int32_t lane,
+                                               int32_t e) {
+    return element(unit * (columns / 16) + column_block, lane, e);
   }
 #endif
 };

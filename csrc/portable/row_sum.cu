@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 
   if (accumulator.data != nullptr && !accumulator.stores_first()) {
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
-    for (int32_t n = threadIdx.x; n < kRows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
+    const int32_t rows = Accumulator::rows_of(sequence, first_row, kRows);
+    for (int32_t n = threadIdx.x; n < rows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
   }
   if (accumulator.counters != nullptr && threadIdx.x < Accumulator::kCounters)
     accumulator.counter(sequence, b, head, first_row)[threadIdx.x] = 0;

@@ -227,12 +227,11 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
   }
 }
 
-// Of a query tile's part of the accumulator, which ends with the last of its tiles that the sequence has.
+// Of a query tile's part of the accumulator, which ends with the sequence's last unit of rows.
 template <class Traits>
 __device__ __forceinline__ int dq_bytes(const Sequence& sequence, int i0) {
-  constexpr int kTileRows = Traits::DqSums::kTileRows;
-  constexpr int kTileBytes = kTileRows * Traits::kHeadDim * static_cast<int>(sizeof(float));
-  return i0 + kTileRows < sequence.len_q ? Traits::kDqBytes : kTileBytes;
+  const int rows = Traits::DqSums::rows_of(sequence, i0, Traits::kQueries);
+  return rows * Traits::kHeadDim * static_cast<int>(sizeof(float));
 }
 
 // How many key tiles add to a query tile's dQ before this piece of work does. They have consecutive numbers, from that

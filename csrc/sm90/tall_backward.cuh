@@ -54,13 +54,15 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
   __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
     using Sums = typename Traits::DqSums;
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost a register all along
-    const uint32_t to = shared.dq_tile() + 4 * Sums::transposed_element(4 * warpgroup + this->warp, 0, lane, 0);
+    constexpr int kColumns = Traits::kHeadDim;
+    const uint32_t to =
+        shared.dq_tile() + 4 * Sums::transposed_element(kColumns, 0, 4 * warpgroup + this->warp, lane, 0);
     shared.dq.wait_full(step);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n) {
       const float (&x)[4] = dq.x[0][n];
       store_shared_16_bytes(
-          to + 4 * Sums::transposed_element(0, n, 0, 0),
+          to + 4 * Sums::transposed_element(kColumns, n, 0, 0, 0),
           uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
   }
