@@ -27,6 +27,13 @@ def int32(values, device):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
+def poison_freed_memory():
+    """What is allocated next holds NaN."""
+    for _ in range(3):
+        buffers = [torch.full((1 << n,), math.nan, device="cuda", dtype=torch.float16) for n in range(8, 25)]
+        del buffers
+
+
 def seed_tensor(value, device):
     return torch.tensor([value], dtype=torch.int64, device=device)
 
