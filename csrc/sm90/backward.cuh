@@ -2,7 +2,8 @@
 // 64, and walks the query tiles that see them, for every query head of the group, so dK and dV need no reduction.
 // Scores are computed transposed, keys as rows: P and dS stay in registers as operands of dV and dK. Only dS goes
 // through shared memory, for dQ, which leaves one step late: added in float32 to global memory or, in the last of fixed
-// turns, written as dq. The warpgroups take turns at the tensor cores.
+// turns, written as dq. The warpgroups take turns at the tensor cores. Long calls of head dimension 128 have other
+// consumers (tall_backward.cuh).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -31,7 +31,7 @@ struct BackwardGrid {
     if (rotates) ctas -= ctas % tiles;
     stores_first = head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
-    tall = head_dim == 128 && !finishes_dq && p.seqlen_q >= kTallFromQueries && p.seqlen_k > kFinishedKeys;
+    tall = head_dim == 128 && !finishes_dq && p.seqlen_q >= kTallFromQueries && p.seqlen_k > kTallAboveKeys;
   }
 
  private:

@@ -240,7 +240,8 @@ struct BackwardShared {
   __device__ __forceinline__ void wait_for_plan_place(uint32_t n) const { planned.wait_empty(n); }
   // The softcap's slopes of a step have a place: that of its dS.
   __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { ds.wait_empty(step); }
-  // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, one after the other.
+  // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, transposed of 8, one after
+  // the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
   __device__ DqTarget& dq_target() const { return *reinterpret_cast<DqTarget*>(memory + Traits::kTarget); }
   __device__ BackwardStep& step(uint32_t step) const {

@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
       shared.k.wait_empty(n);
       load_keys(shared.k_tile(n), maps.k, p.k, shared.k.full(n));
     };
-    // With two places for K the first Q and dO come before it: who must give a place back may wait for them.
+    // With fewer places for K the first Q and dO come before it: who must give a place back may wait for them.
     if (Traits::kKeyStages >= 3) load_k();
     bool has_v = false;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {

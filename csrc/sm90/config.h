@@ -59,7 +59,7 @@ constexpr int kStoredKeys = 4096;
 
 // Up to D 128: two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
-  int queries;  // a tile: 128, or 64 where registers or shared memory are short
+  int queries;  // a tile: 128, or 64 where registers or shared memory are short; kTallQueries apart
 };
 
 constexpr BackwardConfig backward_config(int head_dim, bool extras) {
@@ -71,10 +71,12 @@ constexpr BackwardConfig backward_config(int head_dim, bool extras) {
 }
 
 // Head dimension 128, neither dropout nor extras: query tiles of 80 read less shared memory for a product than those of
-// 64, and the steps' waiting counts once for more of them. 4 % at S 1024, 6 to 7 % at 4096 and 16384, under a causal
-// mask 2 to 4 % at 4096 and nothing at 1024; not where so many queries would leave a tile's end empty.
+// 64, and what a step waits for counts once for more queries. S 1024 +4 %, 2048 +6, 4096 +7, 8192 and 16384 +9, under a
+// causal mask +1, 3, 2, 6 and 7. Not measured below: few queries fill the last tile badly, and up to kFinishedKeys keys
+// the other kernel writes dq.
 constexpr int kTallQueries = 80;
 constexpr int kTallFromQueries = 512;
+constexpr int kTallAboveKeys = 512;
 
 // The forward's registers a thread, of the producer and of the consumers: setmaxnreg's share of 65536.
 constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }

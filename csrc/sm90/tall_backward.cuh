@@ -1,6 +1,6 @@
 // The consumers of the backward with query tiles of 80, for head dimension 128: what a tile of 64 leaves of shared
 // memory's bandwidth and of the registers. The steps are the paper's, one after the other: the warpgroups lay out dS,
-// meet, and compute dQ at once, so that K needs one place; only S and dP of the next step start before a step's end. No
+// meet, and compute dQ at once, so that K needs one place; S and dP of the next step start when dK has ended. No
 // product can have 80 rows, so it is dQ^T = K^T dS^T, and dQ is summed transposed.
 #pragma once
 
