@@ -164,7 +164,7 @@ int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
-  // Stores first: of however many rows.
+  // stores_first in place of the rows that are stored first: how many they are does not change the size.
   const int64_t bytes = DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
   const TallDqAccumulator tall(p, nullptr, hopper, grid.finishes_dq, grid.stores_first);
   return grid.tall ? std::max(bytes, tall.bytes(p)) : bytes;

@@ -29,12 +29,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   // Pieces of work of this step, the one before and the next one.
   int n = uniform(shared.step(step).plan), n_before = n, n_next = uniform(shared.step(step).next);
   if (n < 0) return;
-  shared.k.wait_full(n);
-  state.start_scores(n, step);
-  shared.v.wait_full(n);
-  const bool boundary = shared.step(step).boundary[warpgroup];
-  state.start_dp(step);
-  state.differentiate(n, step, boundary);
+  state.begin(n, step);
   state.lay_out_ds(step);
 
   for (;; ++step) {

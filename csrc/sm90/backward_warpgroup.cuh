@@ -105,14 +105,27 @@ struct BackwardWarpgroup {
     to_operand<T>(ds, dp, 0);
   }
 
+  // The first of all steps.
+  __device__ __forceinline__ void begin(uint32_t n, uint32_t step) {
+    shared.k.wait_full(n);
+    start_scores(n, step);
+    shared.v.wait_full(n);
+    const bool boundary = shared.step(step).boundary[warpgroup];
+    start_dp(step);
+    differentiate(n, step, boundary);
+  }
+
+  __device__ __forceinline__ void lay_out_ds_by_query(uint32_t step) const {
+    const uint32_t place = ds_place(step);
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; ++k)
+      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+  }
   // dS to shared memory, where both warpgroups read it for dQ once publish_ds() says that it is there.
   __device__ __forceinline__ void lay_out_ds(uint32_t step) const {
     shared.ds.wait_empty(step);
     if constexpr (Traits::kExtras) {
-      const uint32_t place = ds_place(step);
-#pragma unroll
-      for (int k = 0; k < kQueries / 16; ++k)
-        stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+      lay_out_ds_by_query(step);
     } else {
       const uint32_t row = shared.ds_tile(step) + ds_lane;
 #pragma unroll

@@ -15,8 +15,8 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
   using typename Base::QueryTile;
   using typename Base::T;
   using ScoreTile = typename Traits::ScoreTile;
-  static constexpr int kQueries = Traits::kQueries;
-  using Base::Base, Base::dk, Base::dq, Base::ds, Base::dv, Base::probabilities, Base::shared, Base::warpgroup;
+  using Base::Base, Base::kQueries;
+  using Base::dk, Base::dq, Base::ds, Base::dv, Base::probabilities, Base::shared, Base::warpgroup;
 
   __device__ __forceinline__ void start_dv(uint32_t step) {
     wgmma_fence();
@@ -42,10 +42,7 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
   // dS, queries as rows, to shared memory, until both warpgroups have. dS of the step before last, which lay there, has
   // been read: they have met since.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
-    const uint32_t place = this->ds_place(step);
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+    this->lay_out_ds_by_query(step);
     fence_async_proxy();
     named_barrier_wait(1, 2 * kWarpgroupThreads);
   }
@@ -78,12 +75,7 @@ __device__ __forceinline__ void consume_tall(const AttentionParams& p, const Bac
   shared.steps.wait_full(step);
   int n = uniform(shared.step(step).plan), n_next = uniform(shared.step(step).next);  // pieces of work
   if (n < 0) return;
-  shared.k.wait_full(n);
-  state.start_scores(n, step);
-  shared.v.wait_full(n);
-  const bool boundary = shared.step(step).boundary[warpgroup];
-  state.start_dp(step);
-  state.differentiate(n, step, boundary);
+  state.begin(n, step);
 
   for (;; ++step) {
     step = uniform(step);
