@@ -59,8 +59,8 @@ class Arguments {
 constexpr const char* kTailSchema =
     "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? key_range, Tensor? query_range, Tensor? query_offset, Tensor? dropout_seed, float scale, float softcap, "
-    "SymInt window_left, SymInt window_right, int dropout_keep, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "bool deterministic";
+    "SymInt window_left, SymInt window_right, int dropout_keep, int dropout_seed_value, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool deterministic";
 
 struct Tail {
   explicit Tail(Arguments& args)
@@ -79,6 +79,7 @@ struct Tail {
         window_left(args.take<int64_t>()),
         window_right(args.take<int64_t>()),
         dropout_keep(args.take<int64_t>()),
+        dropout_seed_value(args.take<int64_t>()),
         max_seqlen_q(args.take<int64_t>()),
         max_seqlen_k(args.take<int64_t>()),
         deterministic(args.take<bool>()) {}
@@ -86,7 +87,7 @@ struct Tail {
   OptionalTensor bias, mask, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, key_range, query_range, query_offset,
       dropout_seed;
   double scale, softcap;
-  int64_t window_left, window_right, dropout_keep, max_seqlen_q, max_seqlen_k;
+  int64_t window_left, window_right, dropout_keep, dropout_seed_value, max_seqlen_q, max_seqlen_k;
   bool deterministic;
 };
 
@@ -234,8 +235,8 @@ inline void fill_tail(AttentionParams& p, const Tail& tail, const Tensor& q, con
   p.query_offset = ints(tail.query_offset, batch, "query_offset");
   require(!(shape.packed && (p.key_range || p.query_range)), "key_range and query_range do not go with cu_seqlens");
   require(tail.dropout_keep >= 1 && tail.dropout_keep <= 256, "dropout_keep must lie in 1..256");
-  require(tail.dropout_keep == 256 || tail.dropout_seed, "dropout needs dropout_seed");
   p.dropout_seed = static_cast<const int64_t*>(vector_of(tail.dropout_seed, q, ScalarType::Long, 1, "dropout_seed"));
+  p.dropout_seed_value = tail.dropout_seed_value;
   p.dropout_keep = static_cast<int32_t>(tail.dropout_keep);
   p.scale = tail.scale;
   p.softcap = tail.softcap;

@@ -70,7 +70,8 @@ struct AttentionParams {
   int32_t window_left;                    // -1: unlimited
   int32_t window_right;                   // -1: unlimited; 0: causal
   int32_t dropout_keep;                   // of 256; 256 means no dropout
-  const int64_t* dropout_seed = nullptr;  // one value, on the tensors' device; null when dropout_keep is 256
+  const int64_t* dropout_seed = nullptr;  // one value, on the tensors' device; null: the next member counts
+  int64_t dropout_seed_value = 0;         // drawn on the host
 
   // Backward only.
   Rows dout;                  // (B, Sq, Hq, Dv), any strides with a contiguous last dimension

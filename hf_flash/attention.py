@@ -6,6 +6,7 @@ plain PyTorch what it computes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -44,6 +45,31 @@ def dropout_keep(dropout_p: float) -> int:
             stacklevel=4,
         )
     return keep
+
+
+def draw_seed(device: torch.device) -> tuple[torch.Tensor | None, int]:
+    """A seed from torch's generator for ``device``: as an int64 tensor ``(1,)`` there, or None and its value.
+
+    The generators of GPUs count on the host, where a seed takes one microsecond and a kernel that draws it takes ten.
+    Each seed moves the generator's offset on, which checkpointing restores; under CUDA graphs, which have to draw anew
+    at every replay, and torch.compile a kernel draws.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64), 0
+    generator = torch.cuda.default_generators[device.index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # the step in which torch's own kernels move it
+    return None, (_scrambled(generator.initial_seed()) + offset // 4 + 2**63) % 2**64 - 2**63
+
+
+@functools.lru_cache(maxsize=8)
+def _scrambled(seed: int) -> int:
+    """64 bits without a pattern, so that neighbouring seeds lead to different streams (splitmix64, Steele et al.,
+    https://doi.org/10.1145/2660193.2660195)."""
+    x = (seed + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
 def flash_attention(
@@ -127,11 +153,11 @@ def judged_attention(
         max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
     if CHECK_VALUES:
         _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    keep = dropout_keep(dropout_p) if dropout_p > 0 else 256
+    keep, seed_value = dropout_keep(dropout_p) if dropout_p > 0 else 256, 0
     if keep == 256:
         dropout_seed = None
     elif dropout_seed is None:
-        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device, dtype=torch.int64)
+        dropout_seed, seed_value = draw_seed(q.device)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     call = ops.Call(
         mask=_four_dimensions(mask),
@@ -147,6 +173,7 @@ def judged_attention(
         window_left=window[0],
         window_right=0 if causal else window[1],
         dropout_keep=keep,
+        dropout_seed_value=seed_value,
         max_seqlen_q=max_seqlen_q or 0,
         max_seqlen_k=max_seqlen_k or 0,
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,

@@ -84,6 +84,7 @@ class Call(NamedTuple):
     window_left: int = -1
     window_right: int = -1
     dropout_keep: int = 256
+    dropout_seed_value: int = 0  # where dropout_seed is absent
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     deterministic: bool = False

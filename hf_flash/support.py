@@ -6,6 +6,7 @@ falls back and reports. ``csrc/bindings.h`` repeats the checks that protect memo
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ def _type(sentence: str) -> Unsupported:
 @torch.compiler.assume_constant_result
 def device_reason(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[str, str] | None:
     """(code, sentence) when no kernel serves ``dtype`` on this device; None when one does."""
+    return _device_reason(device_type, device_index, dtype)
+
+
+@functools.cache  # asked at every call; torch takes microseconds to tell a device's capability
+def _device_reason(device_type: str, device_index: int | None, dtype: torch.dtype) -> tuple[str, str] | None:
     name = str(dtype).removeprefix("torch.")
     if device_type == "cpu":
         if dtype in _CPU_DTYPES:

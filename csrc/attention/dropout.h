@@ -9,8 +9,13 @@
 #include <cstdint>
 
 #include "attention/platform.h"
+#include "params.h"
 
 namespace hf_flash {
+
+HF_FLASH_HOST_DEVICE uint64_t dropout_seed(const AttentionParams& p) {
+  return static_cast<uint64_t>(p.dropout_seed != nullptr ? *p.dropout_seed : p.dropout_seed_value);
+}
 
 struct Philox4 {
   uint32_t word[4];

@@ -40,13 +40,15 @@ struct FragmentDropout {
   // batch_head = batch * Hq + head. One seed for all: kept in uniform registers.
   __device__ FragmentDropout(const AttentionParams& p, uint32_t batch_head)
       : seed_low(0), seed_high(0), batch_head(batch_head), keep(p.dropout_keep) {
+    const uint64_t seed = keep < 256 ? dropout_seed(p) : 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    if (keep >= 256) return;  // with the reductions outside, sm_80's bias gradient spills
-#endif
-    const uint64_t seed = keep < 256 ? static_cast<uint64_t>(*p.dropout_seed) : 0;
+    seed_low = static_cast<uint32_t>(seed);  // with the reductions sm_80's bias gradient spills
+    seed_high = static_cast<uint32_t>(seed >> 32);
+#else
     // Outside the condition: ptxas 13.0 has been seen to guard these by a predicate that nothing sets, for sm_90a.
     seed_low = uniform(static_cast<uint32_t>(seed));
     seed_high = uniform(static_cast<uint32_t>(seed >> 32));
+#endif
   }
 
   // Block x covers queries 16 i_block[x] .. + 15 and keys 16 j_block[x] .. + 15.

@@ -162,7 +162,7 @@ HF_FLASH_INLINE void draw_block(uint32_t (&words)[2][32], uint64_t seed, uint64_
 // factor[key][query] = 256 / keep where dropout keeps the element, 0 where it drops it.
 template <class T>
 void fill_dropout(T* __restrict factor, const AttentionParams& p, const TilePlace& t) {
-  const uint64_t seed = static_cast<uint64_t>(*p.dropout_seed);
+  const uint64_t seed = dropout_seed(p);
   const uint32_t plane = static_cast<uint32_t>(t.batch) * static_cast<uint32_t>(p.heads_q) + t.head;
   const int32_t keep = p.dropout_keep;
   const T kept = T(256) / T(keep);

@@ -19,8 +19,8 @@ def tail(device, dtype, packed):
     offset = int32([0, 2], device)
     return [
         bias, mask, torch.rand(4, device=device), torch.randn(4, device=device), *(starts if packed else (None, None)),
-        *((None, None) if packed else ranges), offset, seed_tensor(1, device), 0.3, 2.0, 5, 0, 200, *((9, 12) if packed
-        else (0, 0)), True,
+        *((None, None) if packed else ranges), offset, seed_tensor(1, device), 0.3, 2.0, 5, 0, 200, 0,
+        *((9, 12) if packed else (0, 0)), True,
     ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_opcheck(device, dtype, packed):
     for wanted in ((True, True), (False, False)):
         args = (dout, dlse, q, k, v, out, lse, *rest, *wanted)
         torch.library.opcheck(torch.ops.hf_flash.backward.default, args, test_utils=checks)
-    bare = [None] * 10 + [0.3, 0.0, -1, -1, 256, 0, 0, False]
+    bare = [None] * 10 + [0.3, 0.0, -1, -1, 256, 0, 0, 0, False]
     if not packed:
         torch.library.opcheck(torch.ops.hf_flash.forward.default, (q, k, v, *bare), test_utils=checks)
     torch.library.opcheck(torch.ops.hf_flash.row_sum.default, (dout, out, dlse), test_utils=checks)

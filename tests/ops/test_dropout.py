@@ -8,6 +8,7 @@ from attention_rule import check, int32, make_qkv, run, seed_tensor
 
 import hf_flash
 from hf_flash import flash_attention
+from hf_flash.ops import Call, attention
 from hf_flash.reference import dropout_keep, dropout_mask
 
 
@@ -155,6 +156,32 @@ def test_manual_seed_reproduces(device, plain_dtype):
     again = flash_attention(q, k, v, dropout_p=0.5), flash_attention(q, k, v, dropout_p=0.5)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1])
+
+
+def test_a_restored_generator_repeats(device, plain_dtype):
+    """What activation checkpointing relies on: the generator's state alone decides, wherever it stands."""
+    q, k, v = make_qkv(device, plain_dtype, 1, 40, 40)
+    generator = torch.random if device == "cpu" else torch.cuda
+    torch.manual_seed(5)
+    torch.rand(7, device=device)
+    state = generator.get_rng_state()
+    first = flash_attention(q, k, v, dropout_p=0.5)
+    assert not torch.equal(generator.get_rng_state(), state)
+    generator.set_rng_state(state)
+    assert torch.equal(flash_attention(q, k, v, dropout_p=0.5), first)
+    torch.manual_seed(6)
+    torch.rand(7, device=device)
+    assert not torch.equal(flash_attention(q, k, v, dropout_p=0.5), first)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_a_seed_by_value_drops_what_its_tensor_drops(device, plain_dtype, seed):
+    qkv = [t.requires_grad_() for t in make_qkv(device, plain_dtype, 2, 40, 50)]
+    results = []
+    for call in (Call(dropout_seed=seed_tensor(seed, device)), Call(dropout_seed_value=seed)):
+        out, _ = attention(*qkv, None, None, call._replace(dropout_keep=100, deterministic=True))
+        results.append((out, *torch.autograd.grad(out.sum(), qkv)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_no_dropout_draws_no_seed(device, plain_dtype):

@@ -116,14 +116,14 @@ def test_the_bindings_repeat_what_protects_memory():
         a = good | changes
         return torch.ops.hf_flash.forward(
             q, k, v, a["bias"], None, None, a["sink"], a["cu"], a["cu"], a["ranges"], None, None, None, 0.25, 0.0,
-            -1, -1, a["dropout_keep"], 4, 4, False,
+            -1, -1, a["dropout_keep"], 0, 4, 4, False,
         )  # fmt: skip
 
     call()
     for changes in (
         {"k": k[:1]}, {"v": v[:, :5]}, {"k": k.double()}, {"q": q[..., :12]}, {"bias": zeros(1, 1, 6, 7)},
         {"ranges": int32([[0, 1]], "cpu")}, {"ranges": torch.zeros(2, 2, dtype=torch.int64)}, {"sink": zeros(3)},
-        {"cu": int32([0, 6], "cpu")}, {"dropout_keep": 0}, {"dropout_keep": 200},
+        {"cu": int32([0, 6], "cpu")}, {"dropout_keep": 0}, {"dropout_keep": 257},
         {"k": k[:, :, :1].expand(2, 9, 3, 16)},
     ):  # fmt: skip
         with pytest.raises(RuntimeError):
