@@ -11,6 +11,7 @@
 #include "portable/portable.h"
 #include "sm80/instances.h"
 #include "sm90/backward_grid.h"
+#include "sm90/forward_tiles.h"
 #include "sm90/instances.h"
 
 namespace hf_flash::cuda {
@@ -64,6 +65,9 @@ void with_variant(const AttentionParams& p, const Run& run) {
     if constexpr (Run::has_variants(HEAD_DIM) && Run::kDropsAlone) {
       if (!extras) return run.template operator()<T, HEAD_DIM, true, false>();
     }
+    if constexpr (Run::has_linear_terms(HEAD_DIM)) {
+      if (run.prefers_linear_terms()) return run.template operator()<T, HEAD_DIM, false, true>();
+    }
     return run.template operator()<T, HEAD_DIM, true, true>();
   });
 }
@@ -87,12 +91,14 @@ void with_instance(const AttentionParams& p, const Run& run) {
   }
 }
 
-// What can be run on an instance: both folders' passes. kDropsAlone: dropout without extras is a variant of its own.
+// What can be run on an instance: both folders' passes. kDropsAlone: dropout without extras is a variant of its own;
+// has_linear_terms: so are ALiBi and bias without the rest.
 struct Sm80Forward {
   const AttentionParams& p;
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
+  static constexpr bool has_linear_terms(int) { return false; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     sm80::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
@@ -104,6 +110,7 @@ struct Sm80Backward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
+  static constexpr bool has_linear_terms(int) { return false; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     sm80::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
@@ -115,6 +122,8 @@ struct Sm90Backward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
+  static constexpr bool has_linear_terms(int) { return true; }
+  bool prefers_linear_terms() const { return sm90::linear_terms_alone(p); }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
@@ -127,6 +136,7 @@ struct Sm90WideBackward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = false;
   static constexpr bool has_variants(int) { return true; }
+  static constexpr bool has_linear_terms(int) { return false; }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
@@ -139,6 +149,11 @@ struct Sm90Forward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
+  static constexpr bool has_linear_terms(int head_dim) { return head_dim <= 64; }
+  bool prefers_linear_terms() const {
+    return sm90::linear_terms_alone(p) &&
+           !sm90::prefers_small_tiles(p, sm90::small_tiles(false, true), multiprocessor_count());
+  }
   template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
   void operator()() const {
     sm90::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
@@ -174,7 +189,9 @@ static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   const bool hopper = architecture() == Arch::kSm90 && sm90::has_bias_gradient(p);
   with_type(p, [&](auto element) {
     using T = decltype(element);
-    hopper ? sm90::run_bias_gradient<T>(p, stream) : sm80::run_bias_gradient<T>(p, stream);
+    if (!hopper) return sm80::run_bias_gradient<T>(p, stream);
+    if (sm90::linear_terms_alone(p)) return sm90::run_bias_gradient<T, false>(p, stream);
+    sm90::run_bias_gradient<T, true>(p, stream);
   });
 }
 

@@ -32,11 +32,12 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return 1.0f - 2.0f * reciprocal_fast(exp2_fast(2.0f * kLog2E * x) + 1.0f);
 }
 
-// Bytes of x by a selector of four digits, the lowest byte's digit last: 8 + i is byte i's sign eight times.
+// Bytes of low and high by a selector of four digits, the lowest byte's digit last: 8 + i is the sign of low's byte i
+// eight times, 12 + i that of high's.
 template <uint32_t SELECTOR>
-__device__ __forceinline__ uint32_t copy_signs(uint32_t x) {
+__device__ __forceinline__ uint32_t copy_signs(uint32_t low, uint32_t high = 0) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "n"(SELECTOR));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "n"(SELECTOR));
   return y;
 }
 

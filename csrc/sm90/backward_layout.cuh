@@ -94,6 +94,7 @@ struct BackwardTraits {
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
   static constexpr bool kExtras = EXTRAS;
+  static constexpr bool kEveryTerm = EXTRAS && DROPOUT;  // otherwise those of linear_terms_alone()
   static constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;

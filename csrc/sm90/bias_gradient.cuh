@@ -140,8 +140,9 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
   }
 }
 
-// What one consumer warpgroup holds in registers, and the steps on it.
-template <class T>
+// What one consumer warpgroup holds in registers, and the steps on it. EVERY_TERM: otherwise those of
+// linear_terms_alone().
+template <class T, bool EVERY_TERM>
 struct BiasWarpgroup {
   using Config = BiasConfig;
   using Tile = Config::Tile;
@@ -151,6 +152,7 @@ struct BiasWarpgroup {
   const ScoreConstants& constants;
   const BiasShared& shared;
   const int warpgroup;
+  const float inverse_scale = 1.0f / constants.scale;
   FragmentDropout<false> dropout;
   Scores s, dp, sum;
   RowVector<16> lse, row_sum;
@@ -191,16 +193,22 @@ struct BiasWarpgroup {
   // Adds dS of a task. Places in the rings: of its first chunk, which becomes that of the next task's, of the tile's
   // bias and of the task's row values.
   __device__ __forceinline__ void add(const BiasStep& step, uint32_t& chunk, uint32_t tile, uint32_t task) {
+    shared.biases.wait_full(tile);
+    bool prepared = false;
+    if constexpr (!EVERY_TERM) {
+      load_row_values(task);
+      prepared = prepare(tile);
+    }
     named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
-    start_product(s, chunk, false);
+    start_product(s, chunk, !EVERY_TERM);
     add_products(s, chunk, p.head_dim);
     start_product(dp, chunk + 1, false);
     pass_turn();
-    load_row_values(task);
+    if (EVERY_TERM) load_row_values(task);
     wgmma_wait<1>();
     wgmma_settle(s);
     shared.chunks.release(chunk++);
-    to_probabilities(step, tile);
+    to_probabilities(step, tile, prepared);
     add_products(dp, chunk, p.head_dim_v);
     wgmma_wait<0>();
     wgmma_settle(dp);
@@ -236,49 +244,67 @@ struct BiasWarpgroup {
     shared.values.release(task);
   }
 
+  // The bias in S before Q K^T is added, in units of 1 / scale: read while no product stands in its way, and one
+  // multiply-add less later. In these units bfloat16's lowest numbers overflow to -inf, which they are as good as
+  // except in rows that have nothing above them: then it is left to to_probabilities(), and S is zero.
+  __device__ __forceinline__ bool prepare(uint32_t tile) {
+    if (std::is_same_v<T, BFloat16> && sees_lowest()) {
+      s.clear();
+      return false;
+    }
+    for_each_score_pair<T, Config::ScoreTile>(shared.bias(tile), warpgroup, [&](int n, int e, float2 bias) {
+      s.x[0][n][e] = bias.x * inverse_scale;
+      s.x[0][n][e + 1] = bias.y * inverse_scale;
+    });
+    return true;
+  }
+
   // P from S. What dropout drops comes out negative.
-  __device__ __forceinline__ void to_probabilities(const BiasStep& step, uint32_t tile) {
+  __device__ __forceinline__ void to_probabilities(const BiasStep& step, uint32_t tile, bool prepared) {
     const int i0 = step.i0 + first_row_of_warp(warpgroup), j0 = step.j0;
-    float scale = constants.scale;
-    if (constants.cap != 0) {
+    float scale = prepared ? 1.0f : constants.scale;  // to the units that the terms are added in
+    const float factor = prepared ? constants.scale * kLog2E : kLog2E;
+    if (EVERY_TERM && constants.cap != 0) {
       cap_scores(s, constants);
       scale = 1.0f;
     }
     if (p.alibi_slopes != nullptr) {
-      add_alibi(s, scale, step.slope, i0 + step.sequence.offset - j0);
+      const float slope = prepared ? step.slope * inverse_scale : step.slope;
+      add_alibi(s, scale, slope, i0 + step.sequence.offset - j0);
       scale = 1.0f;
     }
-    shared.biases.wait_full(tile);
-    for_each_score_pair<T, Config::ScoreTile>(shared.bias(tile), warpgroup, [&](int n, int e, float2 bias) {
-      s.x[0][n][e] = s.x[0][n][e] * scale + bias.x;
-      s.x[0][n][e + 1] = s.x[0][n][e + 1] * scale + bias.y;
-    });
+    if (!prepared) {
+      for_each_score_pair<T, Config::ScoreTile>(shared.bias(tile), warpgroup, [&](int n, int e, float2 bias) {
+        s.x[0][n][e] = s.x[0][n][e] * scale + bias.x;
+        s.x[0][n][e + 1] = s.x[0][n][e + 1] * scale + bias.y;
+      });
+    }
     if (step.boundary) hide_invisible<false>(s, p, step.sequence, i0, j0);
-    if constexpr (std::is_same_v<T, BFloat16>) keep_lowest_visible();
-    if (p.dropout_keep < 256) {
+    if (std::is_same_v<T, BFloat16> && !prepared && sees_lowest()) {
+      s.for_each([](float& x, int, int) { x = x < kLowestBias && x != -CUDART_INF_F ? kLowestBias : x; });
+    }
+    if (EVERY_TERM && p.dropout_keep < 256) {
       dropout.batch_head = step.batch * p.heads_q + step.head;
 #pragma unroll
       for (int n = 0; n < Config::kKeys / 32; ++n) {
         const DropoutWords words = dropout.draw(i0 / 16, j0 / 16 + 2 * n, i0 / 16, j0 / 16 + 2 * n + 1);
-        exponentiate(4 * n, 4, [&](int column, int e) { return dropout.keeps(words, column / 2 % 2, column, e); });
+        exponentiate(4 * n, 4, factor,
+                     [&](int column, int e) { return dropout.keeps(words, column / 2 % 2, column, e); });
       }
     } else {
-      exponentiate(0, Config::kKeys / 8, [](int, int) { return true; });
+      exponentiate(0, Config::kKeys / 8, factor, [](int, int) { return true; });
     }
   }
   // The lowest finite biases overflow in log2 units. That matters in rows that have nothing above them.
-  __device__ __forceinline__ void keep_lowest_visible() {
-    if (!any_lane(fminf(lse.v[0], lse.v[1]) < -0x1p120f)) return;
-    s.for_each([](float& x, int, int) { x = x < kLowestBias && x != -CUDART_INF_F ? kLowestBias : x; });
-  }
+  __device__ __forceinline__ bool sees_lowest() const { return any_lane(fminf(lse.v[0], lse.v[1]) < -0x1p120f); }
   template <class Keeps>
-  __device__ __forceinline__ void exponentiate(int first_n, int count, Keeps keeps) {
+  __device__ __forceinline__ void exponentiate(int first_n, int count, float factor, Keeps keeps) {
 #pragma unroll
     for (int n = first_n; n < first_n + count; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& x = s.x[0][n][e];
-        x = exp2_fast(x * kLog2E - lse.v[e / 2]);
+        x = exp2_fast(x * factor - lse.v[e / 2]);
         if (!keeps(n, e)) x = -x;
       }
     }
@@ -298,7 +324,7 @@ struct BiasWarpgroup {
     };
     if (boundary) {
       add([](float probability, float x) { return probability > 0 ? x : 0.0f; });
-    } else if (p.dropout_keep < 256) {
+    } else if (EVERY_TERM && p.dropout_keep < 256) {
       add([](float probability, float x) { return probability < 0 ? 0.0f : x; });
     } else {
       add([](float, float x) { return x; });
@@ -306,10 +332,10 @@ struct BiasWarpgroup {
   }
 };
 
-template <class T>
+template <class T, bool EVERY_TERM>
 __device__ __forceinline__ void consume(const AttentionParams& p, const BiasMaps& maps, const BiasShared& shared,
                                         int warpgroup) {
-  BiasWarpgroup<T> state(p, maps.scores, shared, warpgroup);
+  BiasWarpgroup<T, EVERY_TERM> state(p, maps.scores, shared, warpgroup);
   if (warpgroup == 1) state.pass_turn();   // the first turn is the first warpgroup's
   uint32_t chunk = 0, tile = 0, task = 0;  // places in the rings
   bool has_bias = false;
@@ -331,7 +357,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const BiasMaps
   }
 }
 
-template <class T>
+template <class T, bool EVERY_TERM>
 __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
     bias_gradient_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BiasMaps maps,
                          const __grid_constant__ BiasTiles tiles) {
@@ -352,15 +378,15 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
     if (warp == 2) copy_row_values(p, shared);
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<T>(p, maps, shared, warpgroup);
+    consume<T, EVERY_TERM>(p, maps, shared, warpgroup);
   }
 }
 
-template <class T>
+template <class T, bool EVERY_TERM>
 void run_bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   const BiasTiles tiles(p);
   if (tiles.count() == 0) return;
-  const auto kernel = bias_gradient_kernel<T>;
+  const auto kernel = bias_gradient_kernel<T, EVERY_TERM>;
   static SharedMemoryPermit permit;
   permit.ask(kernel, BiasShared::kBytes);
   const int ctas = static_cast<int>(std::min<int64_t>(tiles.count(), multiprocessor_count()));

@@ -22,12 +22,15 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
 #ifdef HF_FLASH_SM90_FORWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_FORWARD_CONFIG;
 #endif
+  // Without the terms that need registers of their own a third warpgroup fits: S 2048 ALiBi 299 -> 403, a bias 278 ->
+  // 341 TFLOP/s, of which the shorter code alone gives 358 and 283.
+  if (extras && !dropout) return {3, 128, 2, 2, true, Order::kOutput};
   // Extras: two tiles of a bias share the memory. Blocks of 64 keys, as a bias is copied, where registers allow it.
   if (extras && head_dim <= 64) return {2, 128, 4, 2, true};
   if (extras) return {2, head_dim <= 128 ? 128 : head_dim <= 192 ? 64 : 32, 2, 1, true};
-  // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64, not for dropout's masks beside them.
-  // Their turns gain 6 % at S 2048 and more: softmax and products take equally long.
-  if (head_dim <= 64 && !dropout && !small) return {3, 128, 4, 2, true, Order::kOutput};
+  // Three warpgroups leave 160 registers a thread: enough for S, P and O at D 64; dropout's masks come after P. Their
+  // turns gain 6 % at S 2048 and more: softmax and products take equally long.
+  if (head_dim <= 64 && !small) return {3, 128, 4, 2, true, Order::kOutput};
   // Whose registers descriptors are in: small tiles gain 4 % by ptxas's own moves, dropout loses 8 %, others -1 to 0 %.
   if (head_dim <= 64) return {2, 128, 4, 2, true, dropout ? Order::kExponentials : Order::kOutput, !small};
   // Here the products take longer than the softmax. With turns and the output first 3 to 5 % are gained at S 8192 and
@@ -38,10 +41,22 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   return {2, dropout ? 64 : 80, 2, 1, true};
 }
 
-// Are there tiles of 128 rows beside those of 192? They fit a short causal triangle better: 226 against 212 TFLOP/s at
-// S 512, 309 against 271 at 1024, 454 against 518 at 16384.
-constexpr bool has_small_tiles(int head_dim, bool dropout, bool extras) {
-  return head_dim <= 64 && !dropout && !extras;
+// Are there tiles of 128 rows beside those of 192?
+constexpr bool has_small_tiles(int head_dim, bool extras) { return head_dim <= 64 && !extras; }
+
+// When they serve (forward_tiles.h).
+struct SmallTiles {
+  float row_cost;    // time of a row in them, in that of a row in the others
+  int up_to_causal;  // queries, from where on a causal triangle is large
+};
+
+constexpr SmallTiles small_tiles(bool dropout, bool extras) {
+  // The linear terms in the kernel of every term, which has tiles of 128 rows: S 512 320 against 311 under a causal
+  // mask, 2048 490 against 624.
+  if (extras) return {1.25f, 512};
+  // Causal, S 512 226 against 212 TFLOP/s, 1024 309 against 271, 16384 454 against 518; with dropout 189, 244, at 2048
+  // 290 against 130, 186, 268.
+  return {dropout ? 1.0625f : 1.125f, 2048};
 }
 
 // Keys of a CTA of the backward: the accumulators of dK and dV fill the registers of two warpgroups.

@@ -14,6 +14,7 @@
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
 #include "sm90/forward_producers.cuh"
+#include "sm90/forward_tiles.h"
 #include "sm90/score_terms.cuh"
 #include "tile/store.cuh"
 
@@ -286,8 +287,9 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (has_small_tiles(HEAD_DIM, DROPOUT, EXTRAS)) {
-    if (prefers_small_tiles(p)) return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
+  if constexpr (has_small_tiles(HEAD_DIM, EXTRAS)) {
+    if (prefers_small_tiles(p, small_tiles(DROPOUT, EXTRAS), multiprocessor_count()))
+      return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
   }
   launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);
 }

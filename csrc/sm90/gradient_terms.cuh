@@ -13,6 +13,7 @@ template <class Traits>
 struct GradientTerms {
   using T = typename Traits::T;
   static constexpr int kQueries = Traits::kQueries;
+  static constexpr bool kEveryTerm = Traits::kEveryTerm;
   using Scores = Accumulator<16, kQueries>;
 
   const AttentionParams& p;
@@ -24,11 +25,11 @@ struct GradientTerms {
   __device__ __forceinline__ void apply(Scores& s, const BackwardPlan& plan, const BackwardStep& at, uint32_t step,
                                         uint32_t place, int key0) const {
     float scale = constants.scale;
-    if (constants.cap != 0) {
+    if (kEveryTerm && constants.cap != 0) {
       shared.wait_for_slopes(step);
       cap(s, place);
       scale = 1.0f;
-    } else if (!(scale > 0)) {
+    } else if (kEveryTerm && !(scale > 0)) {
       s.for_each([&](float& x, int, int) { x *= constants.scale; });
       scale = 1.0f;
     }
@@ -40,7 +41,7 @@ struct GradientTerms {
       shared.bias.wait_full(step);
       add_bias(s, scale, place);
       if (at.lowest) keep_lowest_visible(s);
-    } else if (constants.reads_scores) {
+    } else if (kEveryTerm && constants.reads_scores) {
       scale *= kLog2E;
       s.for_each([&](float& x, int, int) { x *= scale; });
       ScoreExtras<T, true> elements(p, plan.batch, at.head);
@@ -52,6 +53,7 @@ struct GradientTerms {
   // The gradient of the scores: to the gradient of a bias that broadcasts nowhere, then back through the softcap.
   __device__ __forceinline__ void finish(Scores& ds, const BackwardPlan& plan, const BackwardStep& at, uint32_t place,
                                          int key0) const {
+    if constexpr (!kEveryTerm) return;
     const BiasGradient bias(p, plan.batch, at.head);
     if (bias.data != nullptr) bias.store(ds, plan.sequence, at.i0, key0);
     if (constants.cap != 0) multiply_by_slopes(ds, place);

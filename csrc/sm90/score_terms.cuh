@@ -63,6 +63,7 @@ struct ScoreTerms {
   using Plan = ForwardPlan<Traits>;
   using Tile = typename Traits::ScoreTile;
   static constexpr int kKeys = Traits::kKeys;
+  static constexpr bool kEveryTerm = Traits::kEveryTerm;
   using Scores = Accumulator<16, kKeys>;
 
   const AttentionParams& p;
@@ -81,10 +82,10 @@ struct ScoreTerms {
   // log2 units.
   __device__ __forceinline__ void apply(Scores& s, const Plan& plan, uint32_t place, int i0, int j0) const {
     float scale = constants.scale;
-    if (constants.cap != 0) {
+    if (kEveryTerm && constants.cap != 0) {
       cap_scores(s, constants);
       scale = 1.0f;
-    } else if (!(scale > 0)) {
+    } else if (kEveryTerm && !(scale > 0)) {
       s.for_each([&](float& x, int, int) { x *= constants.scale; });
       scale = 1.0f;
     }
@@ -97,17 +98,8 @@ struct ScoreTerms {
       for_each_pair(shared.score_tile(place), [&](int n, int e, float2 x) { add(s.x[0][n], e, scale, x); });
       __syncwarp();
       shared.scores.release(place);
-    } else if (wide()) {
-      finish_copies();
-      for_each_wide_pair([&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
-    } else if (p.bias.data != nullptr) {
-      finish_copies();
-      for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
-    } else if (p.mask.data != nullptr) {
-      for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) {
-        s.x[0][n][e] = fminf(s.x[0][n][e], x.x);
-        s.x[0][n][e + 1] = fminf(s.x[0][n][e + 1], x.y);
-      });
+    } else if constexpr (kEveryTerm) {
+      add_staged(s, scale);
     }
   }
 
@@ -125,7 +117,7 @@ struct ScoreTerms {
   // Before apply(): this warp's rows of a bias that the producer does not copy, -inf where the mask hides; of a mask
   // alone +inf or -inf.
   __device__ __forceinline__ void stage(const Plan& plan, int i0, int j0) const {
-    if (constants.copies_bias || (p.bias.data == nullptr && p.mask.data == nullptr)) return;
+    if (!kEveryTerm || constants.copies_bias || (p.bias.data == nullptr && p.mask.data == nullptr)) return;
     __syncwarp();
     if (wide()) {
       stage_rows<uint32_t>(plan, i0, j0);
@@ -136,6 +128,21 @@ struct ScoreTerms {
   }
 
  private:
+  __device__ __forceinline__ void add_staged(Scores& s, float scale) const {
+    if (wide()) {
+      finish_copies();
+      for_each_wide_pair([&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
+    } else if (p.bias.data != nullptr) {
+      finish_copies();
+      for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) { add_or_hide(s.x[0][n], e, scale, x); });
+    } else if (p.mask.data != nullptr) {
+      for_each_pair(shared.score_tile(0), [&](int n, int e, float2 x) {
+        s.x[0][n][e] = fminf(s.x[0][n][e], x.x);
+        s.x[0][n][e + 1] = fminf(s.x[0][n][e + 1], x.y);
+      });
+    }
+  }
+
   __device__ static __forceinline__ void add(float (&s)[4], int e, float scale, float2 x) {
     s[e] = s[e] * scale + x.x;
     s[e + 1] = s[e + 1] * scale + x.y;

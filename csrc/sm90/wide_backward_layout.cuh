@@ -15,6 +15,7 @@ struct WideTraits {
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
   static constexpr bool kExtras = EXTRAS;
+  static constexpr bool kEveryTerm = EXTRAS;
   static constexpr int kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = backward_keys(HEAD_DIM), kQueries = 64;
