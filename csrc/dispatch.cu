@@ -149,7 +149,7 @@ struct Sm90Forward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
-  static constexpr bool has_linear_terms(int head_dim) { return head_dim <= 64; }
+  static constexpr bool has_linear_terms(int head_dim) { return head_dim == 64; }
   bool prefers_linear_terms() const {
     return sm90::linear_terms_alone(p) &&
            !sm90::prefers_small_tiles(p, sm90::small_tiles(false, true), multiprocessor_count());

@@ -47,7 +47,7 @@ def _variants(arch: str, which: str, head_dim: int) -> list[str]:
     if which == "wide_backward":
         return ["plain", "all"] if head_dim > 128 else []
     if (arch, which) == ("sm90", "forward"):
-        return list(VARIANTS) if head_dim <= 64 else MOST
+        return list(VARIANTS) if head_dim == 64 else MOST
     return MOST if head_dim <= 128 else ["all"]
 
 

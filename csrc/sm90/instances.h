@@ -9,7 +9,7 @@
 
 namespace hf_flash::sm90 {
 
-// T: __half or __nv_bfloat16. Launches on the stream. (false, true), for head dimensions up to 64, serves
+// T: __half or __nv_bfloat16. Launches on the stream. (false, true), for head dimension 64, serves
 // linear_terms_alone().
 template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
