@@ -8,6 +8,7 @@ from attention_rule import check, int32, make_qkv, run, seed_tensor
 
 import hf_flash
 from hf_flash import flash_attention
+from hf_flash.attention import draw_seed
 from hf_flash.ops import Call, attention
 from hf_flash.reference import dropout_keep, dropout_mask
 
@@ -172,6 +173,28 @@ def test_a_restored_generator_repeats(device, plain_dtype):
     torch.manual_seed(6)
     torch.rand(7, device=device)
     assert not torch.equal(flash_attention(q, k, v, dropout_p=0.5), first)
+
+
+def test_seeds_of_a_gpu_are_drawn_on_the_host(monkeypatch):
+    """Each moves the generator on as torch's kernels do; neighbouring generators' seeds and streams do not meet."""
+
+    class Generator:
+        def __init__(self, seed):
+            self.initial_seed, self.offset = lambda: seed, 0
+            self.get_offset, self.set_offset = lambda: self.offset, lambda offset: setattr(self, "offset", offset)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen = set()
+    for seed in (*range(100), 2**63, 2**64 - 1, -5):
+        generator = Generator(seed)
+        monkeypatch.setattr(torch.cuda, "default_generators", [None, generator])
+        for n in range(20):
+            tensor, value = draw_seed(torch.device("cuda", 1))
+            assert tensor is None
+            assert -(2**63) <= value < 2**63
+            assert generator.offset == 4 * (n + 1)
+            seen.add(value)
+    assert len(seen) == 20 * 103
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
