@@ -34,8 +34,8 @@ inline bool tma_reads_bias(const AttentionParams& p) {
   return b.data != nullptr && b.dtype == p.dtype && aligned && b.col == 1 && (b.row > 0 || p.seqlen_q == 1);
 }
 
-// No dropout, and of the extra terms ALiBi and such a bias alone: kernels without the rest are a tenth to a third
-// faster. The gradient of a bias that broadcasts nowhere counts as a term. A smaller scale's reciprocal could overflow.
+// No dropout, and of the extra terms ALiBi and such a bias alone: kernels without the rest are 3 to 40 % faster. The
+// gradient of a bias that broadcasts nowhere counts as a term. A smaller scale's reciprocal could overflow.
 inline bool linear_terms_alone(const AttentionParams& p) {
   const bool own_gradient = p.dbias.data != nullptr && !p.dbias_sums;
   return p.dropout_keep >= 256 && p.softcap == 0 && p.scale > 0x1p-20 && p.mask.data == nullptr && !own_gradient &&
