@@ -108,7 +108,7 @@ struct OnlineSoftmax {
     const float top = sees ? fmaxf(max.v[i], sink_log2) : sink_log2;
     const float own = sees ? exp2_fast(max.v[i] - top) : 0.0f;
     const float denominator = total * own + (sink_log2 == -CUDART_INF_F ? 0.0f : exp2_fast(sink_log2 - top));
-    lse = denominator == 0.0f ? -CUDART_INF_F : (top + __log2f(denominator)) * kLn2;
+    lse = denominator == 0.0f ? -CUDART_INF_F : (top + log2_fast(denominator)) * kLn2;
     return sees ? own * reciprocal_fast(denominator) : 0.0f;
   }
 };

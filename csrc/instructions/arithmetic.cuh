@@ -14,6 +14,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -67,6 +73,13 @@ template <class T>
 __device__ __forceinline__ T opaque(T x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+
+// To a 16-byte aligned address, at once: nvcc has made four stores of 4 bytes of an assignment to a uint4.
+__device__ __forceinline__ void store_global_16_bytes(void* address, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // *address += x in global memory, without waiting for the old value.

@@ -160,7 +160,7 @@ struct BackwardWarpgroup {
         }
         transpose_quad(x, t);
         if (inside && 8 * (column_block + n + t) < p.head_dim)
-          *reinterpret_cast<uint4*>(to + 8 * n + 8 * column_block) = uint4{x[0], x[1], x[2], x[3]};
+          store_global_16_bytes(to + 8 * n + 8 * column_block, uint4{x[0], x[1], x[2], x[3]});
       }
     }
   }

@@ -66,10 +66,11 @@ struct ForwardWarpgroup {
     start_multiply_by_transpose<T, Traits::kHeadDim, typename Traits::QTile, typename Traits::KVTile>(s, q, k);
     wgmma_commit();
   }
-  __device__ __forceinline__ void start_output(uint32_t place) {
+  // fresh: out's old value does not count.
+  __device__ __forceinline__ void start_output(uint32_t place, bool fresh) {
     const uint32_t v = Traits::KVTile::template descriptor<Traits::kConfig.moves_descriptors>(shared.v_tile(place));
     wgmma_fence();
-    start_multiply<T, typename Traits::KVTile>(out, probabilities, v);
+    start_multiply<T, typename Traits::KVTile>(out, probabilities, v, !fresh);
     wgmma_commit();
   }
 
@@ -139,21 +140,19 @@ struct ForwardWarpgroup {
     const int row0 = first_row(plan);
     const float sink = p.sink != nullptr ? static_cast<const float*>(p.sink)[plan.head] * kLog2E : -CUDART_INF_F;
     float* lse = static_cast<float*>(p.lse.data) + plan.batch * p.lse.batch + plan.head * p.lse.head + sequence.first_q;
+    RowVector<16> inverse;
 #pragma unroll
     for (int i = 0; i < RowVector<16>::kCount; ++i) {
       const int row = row0 + RowVector<16>::row(i);
       float row_lse;
-      float inverse = final.finish(i, sink, row_lse);
-      if (!sequence.computes(row)) inverse = 0.0f, row_lse = -CUDART_INF_F;
-      if (Traits::kDropout) inverse *= 256.0f / p.dropout_keep;
+      inverse.v[i] = final.finish(i, sink, row_lse);
+      if (!sequence.computes(row)) inverse.v[i] = 0.0f, row_lse = -CUDART_INF_F;
+      if (Traits::kDropout) inverse.v[i] *= 256.0f / p.dropout_keep;
       if (lane_col() == 0 && row < sequence.len_q) lse[row] = row_lse;
-#pragma unroll
-      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; ++e) {
-          out.x[0][n][e] = inverse == 0.0f ? 0.0f : out.x[0][n][e] * inverse;
-        }
-      }
+    }
+    OnlineSoftmax<16>::rescale(out, inverse);
+    if (any_lane(inverse.v[0] == 0.0f || inverse.v[1] == 0.0f)) {  // such a row may hold anything
+      out.for_each([&](float& x, int row, int) { x = inverse.v[row < 8 ? 0 : 1] == 0.0f ? 0.0f : x; });
     }
     T* rows = static_cast<T*>(p.out.data) + plan.batch * p.out.batch + (sequence.first_q + row0) * p.out.row +
               plan.head * p.out.head;
@@ -181,7 +180,6 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   state.start_scores(n, tiles);
   state.pass_turn();
   state.stage_terms(*plan, tile);
-  state.out.clear();
   wgmma_wait<0>();
   wgmma_settle(state.s);
   shared.k.release(tiles);
@@ -193,6 +191,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     state.round_probabilities(kept);
   }
 
+  bool fresh = true;  // out, of a piece of work's first tile
   for (;; ++tiles) {
     const ForwardPlan<Traits>* const current = plan;
     const bool ends = tile == plan->tiles.begin;
@@ -207,7 +206,8 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     state.wait_for_turn();
     state.start_scores(n, tiles + 1);
     shared.v.wait_full(tiles);
-    state.start_output(tiles);
+    state.start_output(tiles, fresh);
+    fresh = ends;
     state.pass_turn();
     const OnlineSoftmax<16> final = state.softmax;
     if (ends) state.softmax = OnlineSoftmax<16>();
@@ -226,7 +226,6 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
       shared.v.release(tiles);
       if (ends) {
         state.store(*current, final);
-        state.out.clear();
       } else if (moved) {
         OnlineSoftmax<16>::rescale(state.out, correction);
       }
@@ -240,7 +239,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   }
 
   shared.v.wait_full(tiles);
-  state.start_output(tiles);
+  state.start_output(tiles, fresh);
   wgmma_wait<0>();
   wgmma_settle(state.out);
   state.store(shared.plan(n - 1), state.softmax);

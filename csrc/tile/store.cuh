@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_fragment(void* rows, int64_t row_elements,
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = pack<T>(c.x[0][n + i][2 * r], c.x[0][n + i][2 * r + 1]);
       transpose_quad(x, t);
-      if (inside && 8 * (n + t) < head_dim) *reinterpret_cast<uint4*>(to + 16 * n) = uint4{x[0], x[1], x[2], x[3]};
+      if (inside && 8 * (n + t) < head_dim) store_global_16_bytes(to + 16 * n, uint4{x[0], x[1], x[2], x[3]});
     }
   }
 }
