@@ -55,11 +55,16 @@ def draw_seed(device: torch.device) -> tuple[torch.Tensor | None, int]:
     at every replay, and torch.compile a kernel draws.
     """
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64), 0
+        return seed_on(device), 0
     generator = torch.cuda.default_generators[device.index]
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # the step in which torch's own kernels move it
     return None, (_scrambled(generator.initial_seed()) + offset // 4 + 2**63) % 2**64 - 2**63
+
+
+def seed_on(device: torch.device) -> torch.Tensor:
+    """A seed, int64 ``(1,)``, that torch's generator for the device draws there."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
 @functools.lru_cache(maxsize=8)

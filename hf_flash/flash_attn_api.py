@@ -207,7 +207,7 @@ def _attend(q, k, v, options, return_attn_probs):
     if not return_attn_probs:
         return attention.flash_attention(q, k, v, **options)[..., :head_dim_v]
     if options["dropout_p"] > 0:
-        options["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device, dtype=torch.int64)
+        options["dropout_seed"] = attention.seed_on(q.device)
     out, lse = attention.flash_attention(q, k, v, **options, return_lse=True)
     weights = _signed_weights(q, k, v, options) if options["dropout_p"] > 0 else None
     return out[..., :head_dim_v], lse, weights

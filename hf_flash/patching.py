@@ -208,7 +208,6 @@ def patch_model(
         "fp32": fp32, "padding_free": padding_free, "deterministic": deterministic,
     }  # fmt: skip
     _check_arguments(request)
-    backend.install()
     if report.disabled():
         logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
         return model
