@@ -130,7 +130,8 @@ def cases_of(section: str) -> list[Case]:
         return packed(section)
     if section == "bias":
         cells = bert(section, (2048,), dropout=0.0) + bert(section, LENGTHS[:1], dropout=0.0, terms=("bias", "graph"))
-        return cells + bert(section, LENGTHS[:4], dropout=0.0, terms=("bias",))
+        cells += bert(section, LENGTHS[:4], dropout=0.0, terms=("bias",))
+        return cells + bert(section, LENGTHS[:3], terms=("bias",))  # what T5 trains with
     if section == "extras":
         return extras(section)
     if section == "arch":

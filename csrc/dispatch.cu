@@ -60,15 +60,18 @@ void with_variant(const AttentionParams& p, const Run& run) {
   with_type(p, [&](auto element) {
     using T = decltype(element);
     if constexpr (Run::has_variants(HEAD_DIM)) {
-      if (!extras && !dropout) return run.template operator()<T, HEAD_DIM, false, false>();
+      if (!extras && !dropout) return run.template operator()<T, HEAD_DIM, false, Terms::kNone>();
     }
     if constexpr (Run::has_variants(HEAD_DIM) && Run::kDropsAlone) {
-      if (!extras) return run.template operator()<T, HEAD_DIM, true, false>();
+      if (!extras) return run.template operator()<T, HEAD_DIM, true, Terms::kNone>();
     }
-    if constexpr (Run::has_linear_terms(HEAD_DIM)) {
-      if (run.prefers_linear_terms()) return run.template operator()<T, HEAD_DIM, false, true>();
+    if constexpr (Run::has_linear_terms(HEAD_DIM, false)) {
+      if (!dropout && run.prefers_linear_terms()) return run.template operator()<T, HEAD_DIM, false, Terms::kLinear>();
     }
-    return run.template operator()<T, HEAD_DIM, true, true>();
+    if constexpr (Run::has_linear_terms(HEAD_DIM, true)) {
+      if (dropout && run.prefers_linear_terms()) return run.template operator()<T, HEAD_DIM, true, Terms::kLinear>();
+    }
+    return run.template operator()<T, HEAD_DIM, true, Terms::kEvery>();
   });
 }
 
@@ -92,16 +95,16 @@ void with_instance(const AttentionParams& p, const Run& run) {
 }
 
 // What can be run on an instance: both folders' passes. kDropsAlone: dropout without extras is a variant of its own;
-// has_linear_terms: so are ALiBi and bias without the rest.
+// has_linear_terms: so are ALiBi and bias without the rest, without or with dropout.
 struct Sm80Forward {
   const AttentionParams& p;
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
-  static constexpr bool has_linear_terms(int) { return false; }
-  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  static constexpr bool has_linear_terms(int, bool) { return false; }
+  template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
-    sm80::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    sm80::run_forward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
@@ -110,10 +113,10 @@ struct Sm80Backward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
-  static constexpr bool has_linear_terms(int) { return false; }
-  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  static constexpr bool has_linear_terms(int, bool) { return false; }
+  template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
-    sm80::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    sm80::run_backward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
@@ -122,12 +125,12 @@ struct Sm90Backward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
-  static constexpr bool has_linear_terms(int) { return true; }
+  static constexpr bool has_linear_terms(int head_dim, bool dropout) { return head_dim == 64 || !dropout; }
   bool prefers_linear_terms() const { return sm90::linear_terms_alone(p); }
-  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
     static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
-    sm90::run_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    sm90::run_backward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
@@ -136,11 +139,11 @@ struct Sm90WideBackward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = false;
   static constexpr bool has_variants(int) { return true; }
-  static constexpr bool has_linear_terms(int) { return false; }
-  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  static constexpr bool has_linear_terms(int, bool) { return false; }
+  template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
     static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
-    sm90::run_wide_backward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    sm90::run_wide_backward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
@@ -149,14 +152,15 @@ struct Sm90Forward {
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
   static constexpr bool has_variants(int) { return true; }
-  static constexpr bool has_linear_terms(int head_dim) { return head_dim == 64; }
+  static constexpr bool has_linear_terms(int head_dim, bool) { return head_dim == 64; }
   bool prefers_linear_terms() const {
-    return sm90::linear_terms_alone(p) &&
-           !sm90::prefers_small_tiles(p, sm90::small_tiles(false, true), multiprocessor_count());
+    if (!sm90::linear_terms_alone(p)) return false;
+    const auto small = sm90::small_tiles(false, true);  // the kernel of every term's; with dropout both have them
+    return p.dropout_keep < 256 || !sm90::prefers_small_tiles(p, small, multiprocessor_count());
   }
-  template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+  template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
-    sm90::run_forward<T, HEAD_DIM, DROPOUT, EXTRAS>(p, stream);
+    sm90::run_forward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
@@ -190,8 +194,9 @@ static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   with_type(p, [&](auto element) {
     using T = decltype(element);
     if (!hopper) return sm80::run_bias_gradient<T>(p, stream);
-    if (sm90::linear_terms_alone(p)) return sm90::run_bias_gradient<T, false>(p, stream);
-    sm90::run_bias_gradient<T, true>(p, stream);
+    if (!sm90::linear_terms_alone(p)) return sm90::run_bias_gradient<T, true, Terms::kEvery>(p, stream);
+    if (p.dropout_keep < 256) return sm90::run_bias_gradient<T, true, Terms::kLinear>(p, stream);
+    sm90::run_bias_gradient<T, false, Terms::kLinear>(p, stream);
   });
 }
 

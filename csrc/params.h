@@ -7,6 +7,10 @@
 
 namespace hf_flash {
 
+// What a compiled variant of a kernel can add to scale * q.k: nothing; what is linear in it, ALiBi and a bias
+// (sm90/instances.h); or all that a call may ask for.
+enum class Terms { kNone, kLinear, kEvery };
+
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 // A tensor of rows, (B, S, H, D) or packed (T, H, D); the last dimension is contiguous. Packed tensors have batch = 0.

@@ -370,8 +370,9 @@ inline bool is_hopper() {
   return compute_capability_major() == 9;
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
+  constexpr bool EXTRAS = TERMS != Terms::kNone;
   const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
   portable::row_sum(p, accumulator, stream);
   constexpr bool kDepends = backward_depends_on_device(HEAD_DIM, EXTRAS);

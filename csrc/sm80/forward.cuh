@@ -310,8 +310,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                warp * kWarpRows, sequence.len_q - row0);
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
+  constexpr bool EXTRAS = TERMS != Terms::kNone;
   using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
   constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
   const auto kernel = forward_kernel<Traits>;

@@ -16,10 +16,10 @@ constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 constexpr bool has_variants(int head_dim) { return head_dim <= 128; }
 
 // T: __half or __nv_bfloat16. Launches on the stream.
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
 
 // dbias where params.dbias_sums: every element of it, in dbias's dtype. After the backward, whose row sums it reads;

@@ -142,13 +142,13 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
   if (p.dsink != nullptr) portable::sink_gradient(p, stream);
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  if constexpr (HEAD_DIM == 128 && !DROPOUT && !EXTRAS) {
-    if (grid.tall) return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, kTallQueries>>(p, grid, stream);
+  if constexpr (HEAD_DIM == 128 && !DROPOUT && TERMS == Terms::kNone) {
+    if (grid.tall) return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS, kTallQueries>>(p, grid, stream);
   }
-  run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>>(p, grid, stream);
+  run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS>>(p, grid, stream);
 }
 
 }  // namespace hf_flash::sm90

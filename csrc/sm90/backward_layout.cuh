@@ -87,14 +87,13 @@ struct DqTarget {
   bool adds;       // the place holds what the other key tiles have added
 };
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS,
-          int QUERIES = backward_config(HEAD_DIM, EXTRAS).queries>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS,
+          int QUERIES = backward_config(HEAD_DIM, TERMS != Terms::kNone).queries>
 struct BackwardTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
-  static constexpr bool kExtras = EXTRAS;
-  static constexpr bool kEveryTerm = EXTRAS && DROPOUT;  // otherwise those of linear_terms_alone()
+  static constexpr bool kExtras = TERMS != Terms::kNone, kEveryTerm = TERMS == Terms::kEvery;
   static constexpr int kWarpgroups = 2, kWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = 64 * kWarpgroups;
@@ -103,7 +102,7 @@ struct BackwardTraits {
   // dQ of a tile: each warpgroup computes 64 queries, or half of the columns of all 64; of tall tiles, which are no
   // multiple of 64, half of the columns as dQ^T.
   static constexpr bool kTall = kQueries == kTallQueries;
-  static_assert(!kTall || (HEAD_DIM == 128 && !DROPOUT && !EXTRAS));
+  static_assert(!kTall || (HEAD_DIM == 128 && !DROPOUT && !kExtras));
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kTall ? kQueries : kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
   using DqSums = DqAccumulatorOf<kTall ? kQueries : 64>;
@@ -123,7 +122,7 @@ struct BackwardTraits {
   static constexpr bool kPlansAhead = true;  // a step's word tells of the next one
   // Single steps: while dQ of one piece of work leaves, the words of the next two are out and name a fourth.
   static_assert(kPlans >= 4);
-  static constexpr int kScoreStages = EXTRAS && HEAD_DIM <= 64 ? 3 : 2;
+  static constexpr int kScoreStages = kExtras && HEAD_DIM <= 64 ? 3 : 2;
   static constexpr int kV = kKeyStages * KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;

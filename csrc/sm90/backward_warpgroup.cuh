@@ -87,7 +87,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(n);
-    const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, plan.sequence, plan.batch, at.head);
+    const ScoreGradient<T, Traits::kDropout, Traits::kEveryTerm> gradient(p, plan.sequence, plan.batch, at.head);
     const float* lse = shared.row_values(step) + lane_col();
     wgmma_wait<1>();
     wgmma_settle(s);

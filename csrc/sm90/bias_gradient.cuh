@@ -140,13 +140,13 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
   }
 }
 
-// What one consumer warpgroup holds in registers, and the steps on it. EVERY_TERM: otherwise those of
-// linear_terms_alone().
-template <class T, bool EVERY_TERM>
+// What one consumer warpgroup holds in registers, and the steps on it.
+template <class T, bool DROPOUT, Terms TERMS>
 struct BiasWarpgroup {
   using Config = BiasConfig;
   using Tile = Config::Tile;
   using Scores = Accumulator<16, Config::kKeys>;
+  static constexpr bool kEveryTerm = TERMS == Terms::kEvery;
 
   const AttentionParams& p;
   const ScoreConstants& constants;
@@ -195,16 +195,16 @@ struct BiasWarpgroup {
   __device__ __forceinline__ void add(const BiasStep& step, uint32_t& chunk, uint32_t tile, uint32_t task) {
     shared.biases.wait_full(tile);
     bool prepared = false;
-    if constexpr (!EVERY_TERM) {
+    if constexpr (!kEveryTerm) {
       load_row_values(task);
       prepared = prepare(tile);
     }
     named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
-    start_product(s, chunk, !EVERY_TERM);
+    start_product(s, chunk, !kEveryTerm);
     add_products(s, chunk, p.head_dim);
     start_product(dp, chunk + 1, false);
     pass_turn();
-    if (EVERY_TERM) load_row_values(task);
+    if (kEveryTerm) load_row_values(task);
     wgmma_wait<1>();
     wgmma_settle(s);
     shared.chunks.release(chunk++);
@@ -264,7 +264,7 @@ struct BiasWarpgroup {
     const int i0 = step.i0 + first_row_of_warp(warpgroup), j0 = step.j0;
     float scale = prepared ? 1.0f : constants.scale;  // to the units that the terms are added in
     const float factor = prepared ? constants.scale * kLog2E : kLog2E;
-    if (EVERY_TERM && constants.cap != 0) {
+    if (kEveryTerm && constants.cap != 0) {
       cap_scores(s, constants);
       scale = 1.0f;
     }
@@ -283,29 +283,30 @@ struct BiasWarpgroup {
     if (std::is_same_v<T, BFloat16> && !prepared && sees_lowest()) {
       s.for_each([](float& x, int, int) { x = x < kLowestBias && x != -CUDART_INF_F ? kLowestBias : x; });
     }
-    if (EVERY_TERM && p.dropout_keep < 256) {
+    if (drops()) {
       dropout.batch_head = step.batch * p.heads_q + step.head;
 #pragma unroll
       for (int n = 0; n < Config::kKeys / 32; ++n) {
         const DropoutWords words = dropout.draw(i0 / 16, j0 / 16 + 2 * n, i0 / 16, j0 / 16 + 2 * n + 1);
+        const uint2 dropped[2] = {dropout.dropped(words, 0), dropout.dropped(words, 1)};
         exponentiate(4 * n, 4, factor,
-                     [&](int column, int e) { return dropout.keeps(words, column / 2 % 2, column, e); });
+                     [&](int column, int e) { return dropout.sign_if_dropped(dropped[column / 2 % 2], column, e); });
       }
     } else {
-      exponentiate(0, Config::kKeys / 8, factor, [](int, int) { return true; });
+      exponentiate(0, Config::kKeys / 8, factor, [](int, int) { return 0u; });
     }
   }
+  __device__ __forceinline__ bool drops() const { return DROPOUT && (!kEveryTerm || p.dropout_keep < 256); }
   // The lowest finite biases overflow in log2 units. That matters in rows that have nothing above them.
   __device__ __forceinline__ bool sees_lowest() const { return any_lane(fminf(lse.v[0], lse.v[1]) < -0x1p120f); }
-  template <class Keeps>
-  __device__ __forceinline__ void exponentiate(int first_n, int count, float factor, Keeps keeps) {
+  template <class Sign>
+  __device__ __forceinline__ void exponentiate(int first_n, int count, float factor, Sign sign) {
 #pragma unroll
     for (int n = first_n; n < first_n + count; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& x = s.x[0][n][e];
-        x = exp2_fast(x * factor - lse.v[e / 2]);
-        if (!keeps(n, e)) x = -x;
+        x = __uint_as_float(__float_as_uint(exp2_fast(x * factor - lse.v[e / 2])) | sign(n, e));
       }
     }
   }
@@ -324,7 +325,7 @@ struct BiasWarpgroup {
     };
     if (boundary) {
       add([](float probability, float x) { return probability > 0 ? x : 0.0f; });
-    } else if (EVERY_TERM && p.dropout_keep < 256) {
+    } else if (drops()) {
       add([](float probability, float x) { return probability < 0 ? 0.0f : x; });
     } else {
       add([](float, float x) { return x; });
@@ -332,10 +333,10 @@ struct BiasWarpgroup {
   }
 };
 
-template <class T, bool EVERY_TERM>
+template <class T, bool DROPOUT, Terms TERMS>
 __device__ __forceinline__ void consume(const AttentionParams& p, const BiasMaps& maps, const BiasShared& shared,
                                         int warpgroup) {
-  BiasWarpgroup<T, EVERY_TERM> state(p, maps.scores, shared, warpgroup);
+  BiasWarpgroup<T, DROPOUT, TERMS> state(p, maps.scores, shared, warpgroup);
   if (warpgroup == 1) state.pass_turn();   // the first turn is the first warpgroup's
   uint32_t chunk = 0, tile = 0, task = 0;  // places in the rings
   bool has_bias = false;
@@ -357,7 +358,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const BiasMaps
   }
 }
 
-template <class T, bool EVERY_TERM>
+template <class T, bool DROPOUT, Terms TERMS>
 __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
     bias_gradient_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BiasMaps maps,
                          const __grid_constant__ BiasTiles tiles) {
@@ -378,15 +379,15 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
     if (warp == 2) copy_row_values(p, shared);
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<T, EVERY_TERM>(p, maps, shared, warpgroup);
+    consume<T, DROPOUT, TERMS>(p, maps, shared, warpgroup);
   }
 }
 
-template <class T, bool EVERY_TERM>
+template <class T, bool DROPOUT, Terms TERMS>
 void run_bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   const BiasTiles tiles(p);
   if (tiles.count() == 0) return;
-  const auto kernel = bias_gradient_kernel<T, EVERY_TERM>;
+  const auto kernel = bias_gradient_kernel<T, DROPOUT, TERMS>;
   static SharedMemoryPermit permit;
   permit.ask(kernel, BiasShared::kBytes);
   const int ctas = static_cast<int>(std::min<int64_t>(tiles.count(), multiprocessor_count()));

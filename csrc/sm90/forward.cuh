@@ -121,7 +121,9 @@ struct ForwardWarpgroup {
     return plan.own[warpgroup].hides(tile * kKeys, (tile + 1) * kKeys);
   }
 
-  __device__ __forceinline__ bool drops() const { return Traits::kDropout && (!Traits::kExtras || dropout.keep < 256); }
+  __device__ __forceinline__ bool drops() const {
+    return Traits::kDropout && (!Traits::kEveryTerm || dropout.keep < 256);
+  }
 
   // Rounds the probabilities for P V; zeroes what dropout drops.
   __device__ __forceinline__ void round_probabilities(const DropoutTile<Traits>& kept) {
@@ -284,13 +286,13 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   check_launch("forward");
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (has_small_tiles(HEAD_DIM, EXTRAS)) {
-    if (prefers_small_tiles(p, small_tiles(DROPOUT, EXTRAS), multiprocessor_count()))
-      return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, true>>(p, stream);
+  if constexpr (has_small_tiles(HEAD_DIM, TERMS != Terms::kNone)) {
+    if (prefers_small_tiles(p, small_tiles(DROPOUT, false), multiprocessor_count()))
+      return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, true>>(p, stream);
   }
-  launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS, false>>(p, stream);
+  launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, false>>(p, stream);
 }
 
 }  // namespace hf_flash::sm90

@@ -15,14 +15,13 @@
 
 namespace hf_flash::sm90 {
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS, bool SMALL>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS, bool SMALL>
 struct ForwardTraits {
   using T = ELEMENT;
-  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, EXTRAS, SMALL);
+  static constexpr bool kExtras = TERMS != Terms::kNone, kEveryTerm = TERMS == Terms::kEvery;
+  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, kExtras, SMALL);
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
-  static constexpr bool kExtras = EXTRAS;
-  static constexpr bool kEveryTerm = EXTRAS && DROPOUT;  // otherwise those of linear_terms_alone()
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kKeys = kConfig.keys;
@@ -37,8 +36,8 @@ struct ForwardTraits {
   // What is added to each score (score_terms.cuh).
   using ScoreTile = SwizzledTile<kRows, kKeys>;
   using ScoreRing = Ring<kConfig.bias_stages>;
-  static constexpr int kScoreBytes = EXTRAS ? kConfig.bias_stages * ScoreTile::kBytes : 0;
-  static_assert(!EXTRAS || kConfig.bias_stages >= 2);
+  static constexpr int kScoreBytes = kExtras ? kConfig.bias_stages * ScoreTile::kBytes : 0;
+  static_assert(!kExtras || kConfig.bias_stages >= 2);
   // A plan is in use until its rows are stored, which can be after Q of the piece of work behind it is released.
   static constexpr int kPlans = 4;
 
@@ -135,11 +134,11 @@ struct ForwardShared {
 };
 
 // What dropout keeps of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
-// the extras, to save registers, as the words that the masks are made from.
+// every extra term, to save registers, as the words that the masks are made from.
 template <class Traits>
 struct DropoutTile {
   static constexpr int kBlocks = Traits::kKeys / 16, kDraws = (kBlocks + 1) / 2;
-  static constexpr bool kMasks = !Traits::kExtras;
+  static constexpr bool kMasks = !Traits::kEveryTerm;
   uint32_t mask[Traits::kDropout && kMasks ? 2 * kDraws : 1][4];
   DropoutWords words[Traits::kDropout && !kMasks ? kDraws : 1];
 

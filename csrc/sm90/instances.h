@@ -9,9 +9,9 @@
 
 namespace hf_flash::sm90 {
 
-// T: __half or __nv_bfloat16. Launches on the stream. (false, true), for head dimension 64, serves
-// linear_terms_alone().
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+// T: __half or __nv_bfloat16. Launches on the stream. Terms::kEvery drops where the call
+// asks for it. Terms::kLinear: head dimension 64.
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_forward(const AttentionParams& p, cudaStream_t stream);
 
 // The backward's head dimensions.
@@ -19,12 +19,12 @@ constexpr int backward_head_dim(int needed) {
   return needed <= 64 ? 64 : (needed <= 128 ? 128 : (needed <= 192 ? 192 : 256));
 }
 
-// Head dimensions 64 and 128. (false, true) serves linear_terms_alone().
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+// Head dimensions 64 and 128. Terms::kLinear with dropout: 64.
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream);
 
-// 192 and 256, (false, false) or (true, true): dropout alone is rare there and has no machine code of its own.
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+// 192 and 256, (false, kNone) or (true, kEvery): dropout alone is rare there and has no machine code of its own.
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_wide_backward(const AttentionParams& p, cudaStream_t stream);
 
 // Can the TMA engine bring tiles of the bias? Of the inputs' dtype, aligned, with rows and columns of its own.
@@ -34,11 +34,11 @@ inline bool tma_reads_bias(const AttentionParams& p) {
   return b.data != nullptr && b.dtype == p.dtype && aligned && b.col == 1 && (b.row > 0 || p.seqlen_q == 1);
 }
 
-// No dropout, and of the extra terms ALiBi and such a bias alone: kernels without the rest are 3 to 40 % faster. The
-// gradient of a bias that broadcasts nowhere counts as a term. A smaller scale's reciprocal could overflow.
+// Terms::kLinear serves a call, which has ALiBi and such a bias at most: kernels without the rest are 3 to 40 % faster.
+// The gradient of a bias that broadcasts nowhere counts as a term. A smaller scale's reciprocal could overflow.
 inline bool linear_terms_alone(const AttentionParams& p) {
   const bool own_gradient = p.dbias.data != nullptr && !p.dbias_sums;
-  return p.dropout_keep >= 256 && p.softcap == 0 && p.scale > 0x1p-20 && p.mask.data == nullptr && !own_gradient &&
+  return p.softcap == 0 && p.scale > 0x1p-20 && p.mask.data == nullptr && !own_gradient &&
          (p.bias.data == nullptr || tma_reads_bias(p));
 }
 
@@ -49,9 +49,8 @@ inline bool has_bias_gradient(const AttentionParams& p) {
          p.dbias.dtype == p.dtype && p.total_q > 0 && p.total_k > 0;
 }
 
-// As sm80's: every element of dbias, after the backward; one instance for every head dimension. EVERY_TERM: otherwise
-// for linear_terms_alone().
-template <class T, bool EVERY_TERM>
+// As sm80's: every element of dbias, after the backward; one instance for every head dimension.
+template <class T, bool DROPOUT, Terms TERMS>
 void run_bias_gradient(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace hf_flash::sm90

@@ -330,9 +330,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_wide_backward(const AttentionParams& p, cudaStream_t stream) {
-  using Traits = WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+  using Traits = WideTraits<T, HEAD_DIM, DROPOUT, TERMS != Terms::kNone>;
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
   const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
   portable::row_sum(p, accumulator, stream);

@@ -138,6 +138,7 @@ def test_hopper_backward_is_what_the_kernels_say(tmp_path):
     }
     assert compiled["plain"] == compiled["all"] == sorted(set(served.values()))
     assert compiled["dropout"] == compiled["linear"] == [64, 128]
+    assert compiled["linear_dropout"] == [64]
 
 
 def test_a_driver_too_old_for_the_build(monkeypatch):

@@ -39,6 +39,10 @@ OPTIONS = {
     },
     "alibi": lambda dtype, h: {"alibi_slopes": torch.rand(h, device="cuda")},
     "bias": lambda dtype, h: {"bias": bias_of(dtype, h, 380, 376)},
+    "dropped bias": lambda dtype, h: {
+        "bias": bias_of(dtype, h, 380, 376), "dropout_p": 0.1, "dropout_seed": seed_tensor(9, "cuda"),
+        "key_range": int32([[0, 376], [0, 301]], "cuda"), "scale": 1.0,  # T5
+    },
     "lowest": lambda dtype, h: {"bias": lowest(dtype, h, 380, 376)},
     "both": lambda dtype, h: {
         "bias": bias_of(dtype, h, 380, 376), "alibi_slopes": torch.rand(2, h, device="cuda"), "window": (300, -1),
@@ -100,7 +104,7 @@ def test_long_triangles_and_packed_batches(dtype, dropout_p, alibi):
 @pytest.mark.architectures("default")
 @pytest.mark.parametrize("dropout_p, alibi", [(0.0, False), (0.1, False), (0.0, True), (0.1, True)])
 def test_which_kernel_serves(dropout_p, alibi):
-    """The forward's template arguments dropout, extras and small, by the number of heads."""
+    """The forward's template arguments dropout, terms and small, by the number of heads."""
     served = {}
     for name, heads in (("many", 48), ("few", 4)):
         q, k, v = make_qkv("cuda", torch.float16, 2, 380, 376, heads=heads, head_dim=64)
@@ -108,11 +112,14 @@ def test_which_kernel_serves(dropout_p, alibi):
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             flash_attention(q, k, v, dropout_p=dropout_p, alibi_slopes=slopes)
             torch.cuda.synchronize()
-        found = [re.search(r"ForwardTraits<__half, 64, (\w+), (\w+), (\w+)>", event.name) for event in seen.events()]
-        served[name] = [tuple(word == "true" for word in match.groups()) for match in found if match]
-    drops, every = dropout_p > 0, (True, True, False)
+        arguments = r"ForwardTraits<__half, 64, (\w+), \(\w+::Terms\)(\d), (\w+)>"
+        found = [re.search(arguments, event.name) for event in seen.events()]
+        served[name] = [match.groups() for match in found if match]
+    drops, none, linear, every = str(dropout_p > 0).lower(), "0", "1", "2"
     wanted = {
-        "many": every if alibi and drops else (drops, alibi, False),
-        "few": every if alibi else (drops, False, True),
+        "many": (drops, linear if alibi else none, "false"),
+        "few": (drops, none, "true"),
     }
+    if alibi:
+        wanted["few"] = ("true", linear if dropout_p else every, "false")
     assert served == {name: [kernel] for name, kernel in wanted.items()}
