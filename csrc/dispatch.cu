@@ -41,12 +41,6 @@ Arch architecture() {
   return Arch::kSm90;
 }
 
-// A scale that is not positive counts as one: there scores are scaled before anything is hidden or compared.
-bool has_extras(const AttentionParams& p) {
-  return p.softcap != 0 || p.bias.data != nullptr || p.mask.data != nullptr || p.alibi_slopes != nullptr ||
-         !(p.scale > 0);
-}
-
 template <class Run>
 void with_type(const AttentionParams& p, Run&& run) {
   if (p.dtype == DType::kFloat16) return run(Half{});
@@ -56,7 +50,7 @@ void with_type(const AttentionParams& p, Run&& run) {
 
 template <int HEAD_DIM, class Run>
 void with_variant(const AttentionParams& p, const Run& run) {
-  const bool dropout = p.dropout_keep < 256, extras = has_extras(p);
+  const bool dropout = p.drops(), extras = p.has_extras();
   with_type(p, [&](auto element) {
     using T = decltype(element);
     if constexpr (Run::has_variants(HEAD_DIM)) {
@@ -96,35 +90,33 @@ void with_instance(const AttentionParams& p, const Run& run) {
 
 // What can be run on an instance: both folders' passes. kDropsAlone: dropout without extras is a variant of its own;
 // has_linear_terms: so are ALiBi and bias without the rest, without or with dropout.
-struct Sm80Forward {
+struct Pass {
   const AttentionParams& p;
   cudaStream_t stream;
   static constexpr bool kDropsAlone = true;
-  static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
+  static constexpr bool has_variants(int) { return true; }
   static constexpr bool has_linear_terms(int, bool) { return false; }
+};
+
+struct Sm80Pass : Pass {
+  static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
+};
+
+struct Sm80Forward : Sm80Pass {
   template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
     sm80::run_forward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
-struct Sm80Backward {
-  const AttentionParams& p;
-  cudaStream_t stream;
-  static constexpr bool kDropsAlone = true;
-  static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
-  static constexpr bool has_linear_terms(int, bool) { return false; }
+struct Sm80Backward : Sm80Pass {
   template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
     sm80::run_backward<T, HEAD_DIM, DROPOUT, TERMS>(p, stream);
   }
 };
 
-struct Sm90Backward {
-  const AttentionParams& p;
-  cudaStream_t stream;
-  static constexpr bool kDropsAlone = true;
-  static constexpr bool has_variants(int) { return true; }
+struct Sm90Backward : Pass {
   static constexpr bool has_linear_terms(int head_dim, bool dropout) { return head_dim == 64 || !dropout; }
   bool prefers_linear_terms() const { return sm90::linear_terms_alone(p); }
   template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
@@ -134,12 +126,8 @@ struct Sm90Backward {
   }
 };
 
-struct Sm90WideBackward {
-  const AttentionParams& p;
-  cudaStream_t stream;
+struct Sm90WideBackward : Pass {
   static constexpr bool kDropsAlone = false;
-  static constexpr bool has_variants(int) { return true; }
-  static constexpr bool has_linear_terms(int, bool) { return false; }
   template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
     static_assert(sm90::backward_head_dim(HEAD_DIM) == HEAD_DIM);
@@ -147,16 +135,12 @@ struct Sm90WideBackward {
   }
 };
 
-struct Sm90Forward {
-  const AttentionParams& p;
-  cudaStream_t stream;
-  static constexpr bool kDropsAlone = true;
-  static constexpr bool has_variants(int) { return true; }
+struct Sm90Forward : Pass {
   static constexpr bool has_linear_terms(int head_dim, bool) { return head_dim == 64; }
   bool prefers_linear_terms() const {
     if (!sm90::linear_terms_alone(p)) return false;
     const auto small = sm90::small_tiles(false, true);  // the kernel of every term's; with dropout both have them
-    return p.dropout_keep < 256 || !sm90::prefers_small_tiles(p, small, multiprocessor_count());
+    return p.drops() || !sm90::prefers_small_tiles(p, small, multiprocessor_count());
   }
   template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
   void operator()() const {
@@ -169,8 +153,8 @@ struct Sm90Forward {
 void forward(const AttentionParams& p, void* stream) {
   const Arch arch = architecture();
   if (p.packed()) portable::fill_gaps_forward(p, native(stream));
-  if (arch == Arch::kSm90) return with_instance(p, Sm90Forward{p, native(stream)});
-  with_instance(p, Sm80Forward{p, native(stream)});
+  if (arch == Arch::kSm90) return with_instance(p, Sm90Forward{{p, native(stream)}});
+  with_instance(p, Sm80Forward{{{p, native(stream)}}});
 }
 
 // The head dimension of Hopper's backward for this call, 0 where the mma.sync kernels serve it.
@@ -184,9 +168,8 @@ int64_t backward_workspace(const AttentionParams& p) {
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
   // stores_first in place of the rows that are stored first: how many they are does not change the size.
-  const int64_t bytes = DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
-  const TallDqAccumulator tall(p, nullptr, hopper, grid.finishes_dq, grid.stores_first);
-  return grid.tall ? std::max(bytes, tall.bytes(p)) : bytes;
+  if (grid.tall) return TallDqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
+  return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
 }
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
@@ -195,7 +178,7 @@ static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
     using T = decltype(element);
     if (!hopper) return sm80::run_bias_gradient<T>(p, stream);
     if (!sm90::linear_terms_alone(p)) return sm90::run_bias_gradient<T, true, Terms::kEvery>(p, stream);
-    if (p.dropout_keep < 256) return sm90::run_bias_gradient<T, true, Terms::kLinear>(p, stream);
+    if (p.drops()) return sm90::run_bias_gradient<T, true, Terms::kLinear>(p, stream);
     sm90::run_bias_gradient<T, false, Terms::kLinear>(p, stream);
   });
 }
@@ -203,11 +186,11 @@ static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
 void backward(const AttentionParams& p, void* stream) {
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
   switch (hopper_head_dim(p)) {
-    case 64: with_variant<64>(p, Sm90Backward{p, native(stream)}); break;
-    case 128: with_variant<128>(p, Sm90Backward{p, native(stream)}); break;
-    case 192: with_variant<192>(p, Sm90WideBackward{p, native(stream)}); break;
-    case 256: with_variant<256>(p, Sm90WideBackward{p, native(stream)}); break;
-    default: with_instance(p, Sm80Backward{p, native(stream)});
+    case 64: with_variant<64>(p, Sm90Backward{{p, native(stream)}}); break;
+    case 128: with_variant<128>(p, Sm90Backward{{p, native(stream)}}); break;
+    case 192: with_variant<192>(p, Sm90WideBackward{{p, native(stream)}}); break;
+    case 256: with_variant<256>(p, Sm90WideBackward{{p, native(stream)}}); break;
+    default: with_instance(p, Sm80Backward{{{p, native(stream)}}});
   }
   if (p.dbias_sums) bias_gradient(p, native(stream));
 }

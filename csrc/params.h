@@ -89,6 +89,12 @@ struct AttentionParams {
   bool deterministic = false;
 
   bool packed() const { return cu_seqlens_q != nullptr; }
+  bool drops() const { return dropout_keep < 256; }
+  // More than scale * q.k in a score. A scale that is not positive counts: such scores are scaled before anything is
+  // hidden or compared.
+  bool has_extras() const {
+    return softcap != 0 || bias.data != nullptr || mask.data != nullptr || alibi_slopes != nullptr || !(scale > 0);
+  }
 };
 
 }  // namespace hf_flash

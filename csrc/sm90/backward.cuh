@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) copy_tiles(p, maps, shared);
     if (warp == 1) make_plans(p, schedule, grid, shared);
     if (warp == 2) copy_row_values(p, shared);
-    if (warp == 3) add_dq(p, accumulator, shared);
+    if (warp == 3) add_dq(p, accumulator, grid.rotates, shared);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     if constexpr (Traits::kTall) {

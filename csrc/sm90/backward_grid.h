@@ -17,7 +17,7 @@ struct BackwardGrid {
   bool finishes_dq;   // so the order is fixed, and the last turn can write dq
   bool stores_first;  // the first to add to a query tile's dQ stores, and nobody has to zero it
   bool spreads;       // the key tiles of a head start at query tiles apart from each other's
-  bool tall;          // query tiles of 80, where the kernel has them
+  bool tall;          // query tiles of 80
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
@@ -26,12 +26,15 @@ struct BackwardGrid {
     // Not if whole heads left more than a third of the SMs idle.
     const bool all_see_all = tiles == 1 || (p.window_left < 0 && p.window_right < 0);
     const bool side_by_side = all_see_all && tiles > 0 && tiles <= ctas && 3 * (ctas % tiles) <= ctas;
-    finishes_dq = side_by_side && head_dim <= 128 && (p.deterministic || finishing_pays(p, tiles));
+    const bool tall_pays = head_dim == 128 && !p.drops() && !p.has_extras() && p.seqlen_q >= kTallFromQueries &&
+                           p.seqlen_k > kTallAboveKeys;
+    const bool turns_pay = p.deterministic && !(tall_pays && p.seqlen_k > kTallTurnsAboveKeys);
+    finishes_dq = side_by_side && head_dim <= 128 && (turns_pay || finishing_pays(p, tiles));
     rotates = finishes_dq || (side_by_side && p.deterministic);
     if (rotates) ctas -= ctas % tiles;
     stores_first = head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
-    tall = head_dim == 128 && !finishes_dq && p.seqlen_q >= kTallFromQueries && p.seqlen_k > kTallAboveKeys;
+    tall = tall_pays && !finishes_dq;
   }
 
  private:

@@ -162,7 +162,7 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     // see the same queries and run side by side, none waits for another's addition. In that case the last steps, down
     // to where the next turn started, meet queries that all others have been at.
     const int steps = group * tiles, start = grid.spreads ? plan.turn * steps / plan.turns : steps - 1;
-    plan.finishing = grid.rotates ? (plan.turn + 1) * steps / plan.turns - start : 0;
+    plan.finishing = grid.finishes_dq ? (plan.turn + 1) * steps / plan.turns - start : 0;
     plan.start_head = plan.first_head + (tiles > 0 ? start / tiles : 0);
     plan.start_i0 = plan.begin + (tiles > 0 ? start % tiles * Traits::kQueries : 0);
   } else if (lane == Traits::kWarpgroups + 1) {

@@ -285,7 +285,7 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
 // first to come stores, where nobody has zeroed the accumulator.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
-                                       const BackwardShared<Traits>& shared) {
+                                       bool rotates, const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
   uint32_t step = 0;
   int32_t* arrived = nullptr;  // this counter grows by so much when what was added last has arrived
@@ -319,7 +319,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       shared.dq.wait_empty(step + 1);
       bool stores = false;
       if (accumulator.ordered) {
-        const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, accumulator.finishes_dq);
+        const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, rotates);
         while (load_acquire(counter) < turn) {
         }
         arrived = counter;

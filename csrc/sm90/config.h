@@ -55,9 +55,9 @@ constexpr SmallTiles small_tiles(bool dropout, bool extras) {
   // The linear terms in the kernel of every term, which has tiles of 128 rows: S 512 320 against 311 under a causal
   // mask, 2048 490 against 624.
   if (extras) return {1.25f, 512};
-  // Causal, S 512 226 against 212 TFLOP/s, 1024 309 against 271, 16384 454 against 518; with dropout 189, 244, at 2048
-  // 290 against 130, 186, 268.
-  return {dropout ? 1.0625f : 1.125f, 2048};
+  // Causal, S 512 259 against 189 TFLOP/s, 1024 323 against 258, 2048 376 against 374, 4096 420 against 436; with
+  // dropout 200, 251, 281 and 306 against 136, 194, 264 and 301.
+  return {dropout ? 1.09f : 1.17f, 2048};
 }
 
 // Keys of a CTA of the backward: the accumulators of dK and dV fill the registers of two warpgroups.
@@ -93,6 +93,9 @@ constexpr BackwardConfig backward_config(int head_dim, bool extras) {
 constexpr int kTallQueries = 80;
 constexpr int kTallFromQueries = 512;
 constexpr int kTallAboveKeys = 512;
+// Where all key tiles take turns the other kernel writes dq up to so many keys: S 640 -4 % with tall tiles, 1024 +2,
+// 2048 +4, 4096 +5, 8192 +7, 16384 +9.
+constexpr int kTallTurnsAboveKeys = 768;
 
 // The forward's registers a thread, of the producer and of the consumers: setmaxnreg's share of 65536.
 constexpr int producer_registers(int warpgroups) { return warpgroups == 2 ? 24 : 32; }

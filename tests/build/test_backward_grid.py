@@ -21,6 +21,8 @@ int main(int, char** x) {
   p.window_left = -1;
   p.window_right = std::atoi(x[3]);
   p.deterministic = std::atoi(x[4]);
+  p.scale = 1;
+  p.dropout_keep = std::atoi(x[6]);
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
   std::printf("%d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
               grid.tall);
@@ -30,7 +32,7 @@ int main(int, char** x) {
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim) on 132 SMs.
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256) on 132 SMs.
 
     Returns ctas, rotates, finishes_dq, stores_first, spreads, tall.
     """
@@ -38,8 +40,8 @@ def grid(tmp_path_factory):
     (folder / "grid.cpp").write_text(PROGRAM)
     subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)
 
-    def ask(*arguments):
-        words = [str(int(x)) for x in arguments]
+    def ask(*arguments, keep=256):
+        words = [str(int(x)) for x in (*arguments, keep)]
         return tuple(map(int, subprocess.check_output([folder / "grid", *words], text=True).split()))
 
     return ask
@@ -62,7 +64,9 @@ def test_the_first_addition_stores_unless_sequences_are_long(grid):
 
 
 def test_a_fixed_order_has_whole_heads_at_once(grid):
-    assert grid(2048, 2048, -1, True, 128)[:3] == (128, 1, 1)
+    assert grid(2048, 2048, -1, True, 64)[:3] == (128, 1, 1)
+    assert grid(2048, 2048, -1, True, 128)[:3] == (128, 1, 0)  # tall tiles gain more than finishing dq
+    assert grid(2048, 2048, -1, True, 128, keep=230)[:3] == (128, 1, 1)
     assert grid(2048, 2048, -1, True, 256)[:3] == (128, 1, 0)
     assert grid(2048, 2048, 0, True, 128)[:3] == (132, 0, 0)
     assert grid(90, 9000, -1, True, 64)[1:3] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
@@ -77,7 +81,10 @@ def test_long_calls_of_wide_heads_have_tall_query_tiles(grid):
     assert grid(1024, 1024, -1, False, 128)[5] == grid(512, 513, 0, True, 128)[5] == 1
     assert grid(1024, 1024, -1, False, 64)[5] == grid(1024, 1024, -1, False, 256)[5] == 0
     assert grid(512, 512, 0, False, 128)[5] == grid(511, 4096, -1, False, 128)[5] == 0
-    assert grid(1024, 1024, -1, True, 128)[2::3] == (1, 0)  # dq is finished by the other kernel
+    assert grid(1024, 1024, -1, True, 128)[2::3] == (0, 1)
+    assert grid(768, 768, -1, True, 128)[2::3] == (1, 0)  # dq is finished by the other kernel
+    assert grid(1024, 1024, -1, True, 128, keep=230)[2::3] == (1, 0)
+    assert grid(1024, 1024, -1, False, 128, keep=230)[5] == 0  # dropout has no such kernel
 
 
 def test_nothing_to_do(grid):

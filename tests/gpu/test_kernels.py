@@ -231,6 +231,21 @@ def test_250_repeats(head_dim, deterministic, rows_and_keys):
                 torch.testing.assert_close(again[name], first[name], rtol=2e-2, atol=4e-3 * scale)
 
 
+@pytest.mark.parametrize("ranges", [False, True])
+def test_turns_at_tall_query_tiles(ranges):
+    """At head dimension 128, where all keys are seen: each key tile of a head starts at a query tile of its own."""
+    q, k, v = make_qkv("cuda", torch.bfloat16, 2, 1000, 1100, heads=8, heads_k=2, head_dim=128)
+    options = {"deterministic": True}
+    if ranges:
+        options |= {"key_range": int32([[0, 1100], [130, 901]], "cuda")}
+        options |= {"query_range": int32([[3, 1000], [0, 333]], "cuda")}
+    check(q, k, v, **options)
+    first = run(q, k, v, options)
+    for _ in range(50):
+        again = run(q, k, v, options)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 @pytest.mark.parametrize("causal", [True, False])  # not: short calls whose last turn writes dq
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
