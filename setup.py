@@ -1,8 +1,8 @@
 """Builds hf_flash/_cpu.abi3.so, and hf_flash/_cuda.abi3.so where nvcc is found, with ninja.
 
-Environment: HF_FLASH_CUDA=0|1 forces the CUDA library off or on; MAX_JOBS limits the compilers that run at once;
-CXX and CUDA_HOME choose them. Both libraries use torch's stable ABI alone and no Python symbol: one build serves every
-torch from 2.10 and every Python from 3.10 on. Objects stay in build/, so the next build compiles what changed.
+Environment: HF_FLASH_CUDA=0|1 forces the CUDA library off or on; MAX_JOBS limits the compilers that run at once; CXX,
+CUDA_HOME and, for nvcc's own, NVCC_CCBIN choose them. Both libraries use torch's stable ABI alone and no Python symbol:
+one build serves every torch from 2.10 and every Python from 3.10 on. Objects stay in build/ for the next build.
 """
 
 import importlib.util

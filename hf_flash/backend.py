@@ -22,7 +22,7 @@ except ImportError:  # transformers 5.0
 
 from . import attention, registry, report, support
 from .fallback import Options, fall_back, options_of, precision
-from .packing import Visibility, key_ranges, packing_from_cu_seqlens, packing_from_ids
+from .packing import Visibility, key_ranges, packing_from_cu_seqlens, packing_from_ids, rows_of_heads
 from .support import Unsupported
 
 NAME = "hf_flash"
@@ -33,6 +33,8 @@ _PASSIVE = {
     "output_router_logits", "past_key_values", "position_embeddings", "query_length", "return_dict", "token_type_ids",
     "use_cache",
 }  # fmt: skip
+
+_PAGES = ("block_table", "read_index", "write_index")  # of continuous batching's cache
 
 
 # ---------------------------------------------------------------- masks
@@ -116,7 +118,7 @@ def make_mask(
         key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool))
     return Visibility(
         batch_size, q_length, kv_length, window=window, query_offset=offset, key_range=key_range, mask=mask, ids=ids,
-        unpadded=key_range is None and ids is None,
+        unpadded=attention_mask is None and ids is None,
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def _implied(module, q_length, k_length, is_causal, sliding_window, padding=None
     key_range, mask = (None, None) if padding is None else key_ranges(padding.to(torch.bool))
     return Visibility(
         1 if padding is None else padding.shape[0], q_length, k_length, window=(left, right), query_offset=offset,
-        key_range=key_range, mask=mask, unpadded=key_range is None,
+        key_range=key_range, mask=mask, unpadded=padding is None,
     )  # fmt: skip
 
 
@@ -221,7 +223,7 @@ def _refusal(behaviour, module, options: Options, output_attentions, cache, othe
     refused = None if behaviour.refuse is None else behaviour.refuse(module)
     if refused is not None:
         return refused
-    if cache is not None:
+    if cache is not None or any(others.get(name) is not None for name in _PAGES):
         return Unsupported(
             "PAGED_CACHE", "continuous batching's paged cache is not supported; use attn_implementation='sdpa' there"
         )
@@ -230,12 +232,6 @@ def _refusal(behaviour, module, options: Options, output_attentions, cache, othe
     if unknown:
         return Unsupported("KEYWORD", f"the keywords {unknown} may change what is computed and are not known")
     return None
-
-
-def _rows(t: torch.Tensor, packed: bool) -> torch.Tensor:
-    """(B, H, S, D) -> (B, S, H, D), packed (B * S, H, D)."""
-    t = t.transpose(1, 2)
-    return t.flatten(0, 1) if packed else t
 
 
 def _packed_bias(bias, behaviour, call) -> torch.Tensor:
@@ -292,7 +288,7 @@ def attention_forward(
         if s_aux is not None:
             call["sink"] = _addition(s_aux, q.dtype)
         packed = "cu_seqlens_q" in call
-        q, k, v = (_rows(t, packed) for t in (q, k, v))
+        q, k, v = (rows_of_heads(t, packed) for t in (q, k, v))
         reason = support.unsupported(q, k, v, **call)
     if reason is None:
         out = attention.judged_attention(q, k, v, **call)
@@ -337,12 +333,14 @@ def attach_rules(model: nn.Module) -> None:
 
 
 def detach_rules(model: nn.Module) -> None:
+    """Remove those hooks again, except where ``attn_implementation`` asks for us without patch_model."""
     for module in model.modules():
         rule = registry.rule_of(type(module))
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if rule is not None and hook is rule.prepare:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if rule is None or getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME:
+            continue
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is rule.prepare]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _raise_for(model) -> None:

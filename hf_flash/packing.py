@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Packing", "Visibility", "key_ranges", "packing_from_cu_seqlens", "packing_from_ids", "sequence_ids"]
+__all__ = [
+    "Packing", "Visibility", "key_ranges", "packing_from_cu_seqlens", "packing_from_ids", "rows_of_heads",
+    "sequence_ids",
+]  # fmt: skip
 
 
 class Packing:
@@ -39,11 +42,22 @@ class Packing:
         index = torch.arange(batch, device=same.device)
         return same[index, :, index][:, None]
 
+    def distance(self, batch: int, q_length: int, k_length: int) -> torch.Tensor:
+        """int (B, 1, Sq, Sk): j - position(i) within a sequence, whose last query stands at its last key."""
+        queries = _to_end(self.cu_seqlens_q, batch * q_length).view(batch, 1, q_length, 1)
+        return queries - _to_end(self.cu_seqlens_k, batch * k_length).view(batch, 1, 1, k_length)
+
 
 def _number(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     """The number of each token's sequence, (total,); -1 before the first, N after the last."""
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+
+
+def _to_end(cu_seqlens, total: int) -> torch.Tensor:
+    """How far each token stands from its sequence's end, (total,); without meaning for tokens of no sequence."""
+    ends = cu_seqlens[(_number(cu_seqlens, total) + 1).clamp(max=len(cu_seqlens) - 1)]
+    return ends - torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
 
 
 def packing_from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None) -> Packing:
@@ -83,6 +97,12 @@ def sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
     breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=False)
     is_packing = (~breaks | (position_ids == first)).all(dim=1, keepdim=True)
     return (breaks & is_packing).cumsum(1)
+
+
+def rows_of_heads(t: torch.Tensor, packed: bool) -> torch.Tensor:
+    """(B, H, S, D) -> (B, S, H, D), packed (B * S, H, D)."""
+    t = t.transpose(1, 2)
+    return t.flatten(0, 1) if packed else t
 
 
 def key_ranges(padding: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -136,7 +156,8 @@ class Visibility:
 
     @property
     def device(self) -> torch.device | None:
-        tensors = (self.key_range, self.mask, self.ids, self.query_offset)
+        packed = None if self._packing is None else self._packing.cu_seqlens_q
+        tensors = (self.key_range, self.mask, self.ids, self.query_offset, packed)
         return next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
 
     def contiguous(self) -> Visibility:
@@ -253,9 +274,11 @@ class Visibility:
         """The same as a bool matrix that broadcasts to (B, 1, Sq, Sk), True = visible."""
         i = torch.arange(q_length, device=device).view(1, 1, -1, 1)
         j = torch.arange(k_length, device=device).view(1, 1, 1, -1)
-        packed = self.ids is not None or self._packing is not None
-        offset = 0 if packed else self.query_offset
-        distance = j - i - (offset.to(device).reshape(-1, 1, 1, 1) if isinstance(offset, torch.Tensor) else offset)
+        if self.ids is None and self._packing is not None:
+            distance = self._packing.to(device).distance(batch, q_length, k_length)
+        else:
+            offset = 0 if self.ids is not None else self.query_offset
+            distance = j - i - (offset.to(device).reshape(-1, 1, 1, 1) if isinstance(offset, torch.Tensor) else offset)
         left, right = self.window
         visible = (j < self.k_length).expand(1, 1, q_length, k_length)
         if left >= 0:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from . import backend, ops, registry, report, support
 from .fallback import RECORD, Options
+from .record import ConfigCopy, Record
 from .report import Report, Row, logger
 from .support import Unsupported
 
@@ -30,36 +32,6 @@ _CHOICES = {
     "on_fallback": ("warn", "error", "ignore"),
     "fp32": ("fallback", "error", "bfloat16", "float16"),
 }
-
-
-@dataclass
-class _ConfigCopy:
-    """A config that was replaced by a private copy. before: the copy's values when it was made."""
-
-    original: PreTrainedConfig
-    private: PreTrainedConfig
-    before: dict
-
-    def write_back(self) -> None:
-        """Give the original what was changed on the copy since, except the attention implementation."""
-        now, original = self.private.__dict__, self.original.__dict__
-        for name in now.keys() | self.before.keys():
-            if name == "_attn_implementation_internal" or isinstance(now.get(name), PreTrainedConfig):
-                continue
-            if name not in now:
-                original.pop(name, None)
-            elif name not in self.before or now[name] != self.before[name]:
-                original[name] = now[name]
-
-
-@dataclass
-class Record:
-    """What patch_model changed on one module. request: its arguments, on the module it was called with."""
-
-    options: Options | None = None
-    configs: dict[str, _ConfigCopy] = field(default_factory=dict)
-    original_class: type | None = None
-    request: dict | None = None
 
 
 @dataclass
@@ -108,16 +80,23 @@ def _selected(found: _Found, include, exclude) -> bool:
     def matches(patterns) -> bool:
         if callable(patterns):
             return bool(patterns(found.name, found.module))
-        patterns = [patterns] if isinstance(patterns, str) else patterns
         return any(fnmatch.fnmatchcase(found.name, pattern) for pattern in patterns)
 
     return (include is None or matches(include)) and (exclude is None or not matches(exclude))
 
 
+def _patterns(given) -> tuple[str, ...] | Callable | None:
+    """include or exclude: what is read more than once."""
+    if given is None or callable(given):
+        return given
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _judge(attentions: list[_Found], wanted: set[int]) -> dict[int, Unsupported | None]:
     """id of each attention module -> why it stays as it is, None where it can be patched.
 
-    Modules of one config share one mask, so they are patched together or not at all.
+    Modules of one config share one mask, so they are patched together or not at all. A user's own module that was left
+    out is taken not to have that mask.
     """
     blocked: dict[int, _Found] = {}
     useful: set[int] = set()
@@ -125,7 +104,8 @@ def _judge(attentions: list[_Found], wanted: set[int]) -> dict[int, Unsupported 
         if found.holder is None:
             found.reason = found.reason or Unsupported("NO_CONFIG", "no module above it holds a Transformers config")
         elif found.reason is not None:
-            blocked.setdefault(id(found.config), found)
+            if id(found.module) in wanted or _is_of_transformers(found.module):
+                blocked.setdefault(id(found.config), found)
         elif id(found.module) in wanted:
             useful.add(id(found.config))
     reasons = {}
@@ -133,14 +113,21 @@ def _judge(attentions: list[_Found], wanted: set[int]) -> dict[int, Unsupported 
         reason = found.reason
         if reason is None and id(found.config) in blocked:
             other = blocked[id(found.config)]
-            reason = Unsupported(other.reason.code, f"it shares its mask with {other.name}: {other.reason.sentence}")
+            sentence = f"it shares its mask with {other.name}: {other.reason.sentence}"
+            if not _is_of_transformers(other.module):
+                sentence += f"; exclude={other.name!r} leaves that module alone, if the model does not hand it its mask"
+            reason = Unsupported(other.reason.code, sentence)
         if reason is None and id(found.config) not in useful:
             reason = Unsupported("EXCLUDED", "patch_model was told to leave this module out")
         reasons[id(found.module)] = reason
     return reasons
 
 
-def _copy_configs(model: nn.Module) -> dict[int, _ConfigCopy]:
+def _is_of_transformers(module: nn.Module) -> bool:
+    return _original_class(module).__module__.partition(".")[0] == "transformers"
+
+
+def _copy_configs(model: nn.Module) -> dict[int, ConfigCopy]:
     """Private copies of all configs in a model: id of the original -> copy. Put in place by _use_configs."""
     originals: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
@@ -152,7 +139,7 @@ def _copy_configs(model: nn.Module) -> dict[int, _ConfigCopy]:
     for key, original in originals.items():
         private = copy.deepcopy(original, memo)
         before = {n: copy.deepcopy(v) for n, v in private.__dict__.items() if not isinstance(v, PreTrainedConfig)}
-        copies[key] = _ConfigCopy(original, private, before)
+        copies[key] = ConfigCopy(original, private, before)
     return copies
 
 
@@ -186,7 +173,7 @@ def patch_model(
         model: any module that holds Transformers models (a task model, a PEFT or DDP wrapper, ...).
         include, exclude: glob patterns of module names (``"encoder.layer.0.*"``), or a function
             ``(name, module) -> bool``; default: every attention module on the list. Modules left out of a model that
-            is otherwise patched run in the attention they had before.
+            is otherwise patched run in Transformers' eager attention where that is what they had, else in its sdpa.
         on_unsupported: "warn", "error" or "ignore", for modules that cannot be patched.
         on_fallback: "warn" (once for each class and reason), "error" or "ignore", for calls that our kernels do not
             serve; they run in Transformers' own attention.
@@ -203,6 +190,7 @@ def patch_model(
         ValueError: an argument is wrong. NotImplementedError: a module cannot be patched and ``on_unsupported`` is
         "error" or HF_FLASH_STRICT=1 is set. HF_FLASH_DISABLE=1 makes this function do nothing.
     """
+    include, exclude = _patterns(include), _patterns(exclude)
     request = {
         "include": include, "exclude": exclude, "on_unsupported": on_unsupported, "on_fallback": on_fallback,
         "fp32": fp32, "padding_free": padding_free, "deterministic": deterministic,
@@ -212,13 +200,13 @@ def patch_model(
         logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
         return model
     record = getattr(model, RECORD, None)
-    if record is not None and record.request == request:
+    if record is not None and record.request == request and is_patched(model):
         return model
     unpatch_model(model, _keep_counts=True)
     attentions = _attentions(model)
     wanted = {id(found.module) for found in attentions if _selected(found, include, exclude)}
     reasons = _judge(attentions, wanted)
-    _complain(model, attentions, reasons, on_unsupported)
+    _complain(model, attentions, wanted, reasons, on_unsupported)
     if any(reason is None for reason in reasons.values()):
         options = Options(on_fallback=on_fallback, fp32=fp32, deterministic=deterministic)
         _apply(model, attentions, reasons, wanted, options, padding_free)
@@ -238,6 +226,8 @@ def _apply(model, attentions, reasons, wanted, options: Options, padding_free: b
             excluded = id(found.module) not in wanted
             record = _record(found.module)
             record.options = options._replace(excluded=excluded, original=original)
+            record.config = copies[id(found.config)]
+            record.config.attentions += 1
             behaviour = registry.behaviour_of(type(found.module))
             if not registry.through_interface(type(found.module)):
                 _swap(found.module, behaviour.replacement)
@@ -261,11 +251,14 @@ def _swap(module: nn.Module, mixin: type) -> None:
     module.__class__ = registry.swapped_class(mixin, type(module))
 
 
-def _complain(model, attentions, reasons, on_unsupported: str) -> None:
+def _complain(model, attentions, wanted, reasons, on_unsupported: str) -> None:
     skipped = [f for f in attentions if reasons[id(f.module)] is not None and reasons[id(f.module)].code != "EXCLUDED"]
-    if attentions and not skipped:
+    if attentions and wanted and not skipped:
         return
-    if attentions:
+    if attentions and not wanted:
+        text = f"include and exclude leave none of the {len(attentions)} attention modules of {type(model).__name__}"
+        text += f" [EXCLUDED]; the first one's name is {attentions[0].name!r}"
+    elif attentions:
         reason = reasons[id(skipped[0].module)]
         text = f"{len(skipped)} of {len(attentions)} attention modules of {type(model).__name__} stay as they are"
         text += f" [{reason.code}]: {reason.sentence}"
@@ -291,12 +284,22 @@ def _warn_without_cuda_library() -> None:
 
 
 def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
-    """Undo :func:`patch_model` on a model or a part of it: the same config objects, classes and attention as before.
+    """Undo :func:`patch_model` on a model: the same config objects, classes and attention as before.
 
     Settings changed on the patched model's config in the meantime (``use_cache``, ``problem_type``, ...) are kept.
     Does nothing on a model that is not patched. Returns the same model.
+
+    Raises:
+        ValueError: this is a part of a patched model, and other attention modules share its config and its mask.
     """
     records = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
+    inside = Counter(id(record.config) for _, record in records if record.config is not None)
+    for _, record in records:
+        if record.config is not None and inside[id(record.config)] < record.config.attentions:
+            raise ValueError(
+                f"hf_flash: `model` is a {type(model).__name__} with {inside[id(record.config)]} of the "
+                f"{record.config.attentions} attention modules that share a config and a mask; unpatch the whole model"
+            )
     written = set()
     for module, record in records:
         for name, config in record.configs.items():
@@ -320,15 +323,16 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
 def patched(model: nn.Module, **arguments):
     """``with hf_flash.patched(model): ...`` patches for a block of code and restores, after an exception too.
 
-    Arguments as for :func:`patch_model`. A model that was patched before is so again afterwards.
+    Arguments as for :func:`patch_model`. A model that was patched before, or a part of it, is so again afterwards.
     """
-    before = getattr(getattr(model, RECORD, None), "request", None)
+    records = [(module, getattr(module, RECORD, None)) for module in model.modules()]
+    before = [(module, record.request) for module, record in records if record is not None and record.request]
     try:
         yield patch_model(model, **arguments)
     finally:
         unpatch_model(model)
-        if before is not None:
-            patch_model(model, **before)
+        for module, request in before:
+            patch_model(module, **request)
 
 
 def is_patched(model: nn.Module) -> bool:

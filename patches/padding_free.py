@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from hf_flash import backend, support
+from hf_flash.fallback import options_of, precision
 from hf_flash.packing import Packing, Visibility
-from hf_flash.registry import ModelRule, register_model
+from hf_flash.registry import ModelRule, behaviour_of, register_model
 
 
 def _valid_tokens(visible: Visibility, batch: int, length: int, device) -> torch.Tensor | None:
@@ -25,11 +26,15 @@ def _config(stack):
     return next(module.config for module in stack.modules() if hasattr(module, "config"))
 
 
-def _kernel_serves(states: torch.Tensor, config) -> bool:
+def _kernel_serves(stack, states: torch.Tensor, config) -> bool:
     """Packed attention in a fallback would be quadratic in all tokens of the batch, so it must not come to that."""
-    device = states.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
+    options = [options_of(module) for module in stack.modules() if behaviour_of(type(module)) is not None]
+    if any(each.excluded for each in options):
+        return False
+    nothing = states[:0]
+    dtype = precision(nothing, nothing, nothing, options[0])[0].dtype
     head_dim = config.hidden_size // config.num_attention_heads
+    device = states.device
     return support.device_reason(device.type, device.index, dtype) is None and head_dim % 8 == 0 and head_dim <= 256
 
 
@@ -51,7 +56,7 @@ class PaddingFree:
             return None
         if (visible.key_range is None and visible.mask is None) or backend.report.disabled():
             return None
-        if config._attn_implementation != backend.NAME or not _kernel_serves(states, config):
+        if config._attn_implementation != backend.NAME or not _kernel_serves(self, states, config):
             return None
         return _valid_tokens(visible, *states.shape[:2], states.device)
 

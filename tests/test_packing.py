@@ -104,3 +104,21 @@ def test_moving_to_a_device_keeps_everything():
     assert visible.to("cpu") is visible
     moved = visible.to("meta")
     assert moved.key_range.device.type == "meta" and moved.window == (1, 0) and moved.shape == (2, 1, 3, 3)
+
+
+def test_a_packing_of_more_keys_than_queries_counts_within_sequences():
+    """Each sequence's last query stands at its last key, as in flash_attention."""
+    packing = packing_from_cu_seqlens(torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 5, 9]))
+    visible = Visibility(1, 6, 10, window=(2, 0), packing=packing).dense(1, 6, 10, "cpu")[0, 0]
+    wanted = torch.zeros(6, 10, dtype=torch.bool)
+    for first_q, last_q, first_k, last_k in ((0, 2, 0, 4), (2, 5, 5, 9)):
+        for i, j in itertools.product(range(first_q, last_q), range(first_k, last_k)):
+            wanted[i, j] = 0 <= (last_k - last_q + i) - j <= 2
+    assert torch.equal(visible[:5, :9], wanted[:5, :9])
+
+
+def test_an_explicit_packing_moves_too():
+    cu = torch.tensor([0, 2, 5])
+    visible = Visibility(1, 5, 5, window=(-1, 0), packing=packing_from_cu_seqlens(cu, cu))
+    assert visible.device == torch.device("cpu")
+    assert visible.to("meta").packing().cu_seqlens_q.device.type == "meta"

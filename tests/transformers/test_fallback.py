@@ -318,3 +318,20 @@ def test_paged_cache_is_refused(tiny):
     module = hf_flash.patch_model(tiny.make("llama"), on_fallback="error").model.layers[0].self_attn
     with pytest.raises(NotImplementedError, match="PAGED_CACHE"):
         attention_call(module, cache=object())
+
+
+@pytest.mark.skipif(not hasattr(transformers.PreTrainedModel, "generate_batch"), reason="no continuous batching here")
+def test_continuous_batching_falls_back_to_the_same_tokens(tiny):
+    """Its queries are the last ones of longer rows of keys, all sequences side by side."""
+    model = tiny.make("llama", "sdpa")
+    settings = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18]]
+
+    def tokens():
+        results = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+        return sorted(tuple(result.generated_tokens) for result in results.values())
+
+    wanted = tokens()
+    hf_flash.patch_model(model, on_fallback="ignore")
+    assert tokens() == wanted and len(wanted) == 3
+    assert {row.code for row in hf_flash.explain(model).rows} == {"PAGED_CACHE"}

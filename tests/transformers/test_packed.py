@@ -1,5 +1,7 @@
 """Packed sequences never see each other: a packed row equals its sequences one by one, gradients too."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -147,3 +149,17 @@ def test_positions_that_are_no_packing_change_nothing(tiny):
     for positions in ([3, 1, 2, 0, 5, 4, 6], [1, 1, 1, 0, 1, 2, 3], list(range(4, 11))):
         inputs = {"input_ids": ids, "position_ids": torch.tensor([positions])}
         assert (eager(**inputs).logits - ours(**inputs).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "distilbert"])
+def test_restarting_positions_beside_a_full_mask_are_positions(tiny, name):
+    """Transformers reads packed sequences out of positions only where no attention_mask is given."""
+    model = tiny.make(name)
+    ids = torch.arange(3, 12)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    wanted = model(**inputs).logits.detach()
+    torch.testing.assert_close(
+        tiny.twin(model)(**inputs).logits, wanted, rtol=1e-4, atol=float(1e-4 * wanted.abs().max())
+    )

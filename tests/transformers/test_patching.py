@@ -263,3 +263,71 @@ def test_a_gpu_without_kernels_is_announced(tiny, monkeypatch, caplog):
     hf_flash.patch_model(tiny.make("bert"))
     messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(messages) == 1 and "install nvcc" in messages[0]
+
+
+def test_a_part_cannot_be_unpatched_alone(tiny):
+    """Its mask would be of the wrong kind. A part with all attention modules of its config can be."""
+    model = hf_flash.patch_model(tiny.make("bert"))
+    with pytest.raises(ValueError, match="1 of the 2 attention modules that share a config"):
+        hf_flash.unpatch_model(model.bert.encoder.layer[0])
+    assert [row.status for row in hf_flash.explain(model).rows] == ["patched"] * 2
+    hf_flash.unpatch_model(model.bert)
+    assert not hf_flash.is_patched(model)
+    model(**tiny.batch("bert"))
+
+
+def test_patching_after_another_switch(tiny):
+    model = hf_flash.patch_model(tiny.make("bert"))
+    model.set_attn_implementation("eager")
+    assert not hf_flash.is_patched(model)
+    assert hf_flash.is_patched(hf_flash.patch_model(model))
+
+
+def test_patched_gives_a_part_its_patch_back(tiny):
+    model = tiny.make("bert")
+    hf_flash.patch_model(model.bert, deterministic=True)
+    with hf_flash.patched(model, exclude="*layer.0*"):
+        assert [row.status for row in hf_flash.explain(model).rows] == ["skipped", "patched"]
+    assert [row.status for row in hf_flash.explain(model).rows] == ["patched"] * 2
+    assert not hf_flash.is_patched(hf_flash.unpatch_model(model.bert))
+
+
+def test_hooks_of_attn_implementation_outlive_patched(tiny):
+    """DistilBERT hears of packed sequences through a hook."""
+    model = tiny.make("distilbert", "hf_flash")
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    inputs = {"input_ids": torch.arange(3, 10)[None], "position_ids": positions}
+    before = model(**inputs).logits
+    with hf_flash.patched(model, deterministic=True):
+        torch.testing.assert_close(model(**inputs).logits, before)
+    torch.testing.assert_close(model(**inputs).logits, before)
+    alone = model(input_ids=inputs["input_ids"][:, :4], position_ids=positions[:, :4]).logits
+    torch.testing.assert_close(before[:, :4], alone)
+
+
+def test_a_head_of_the_users_own(tiny):
+    """An attention module that Transformers does not know blocks the model unless it is left out."""
+    model = tiny.make("bert")
+    model.pool = nn.MultiheadAttention(32, 4)
+    with pytest.raises(NotImplementedError, match="exclude='pool' leaves that module alone"):
+        hf_flash.patch_model(model, on_unsupported="error")
+    hf_flash.patch_model(model, exclude="pool", on_unsupported="ignore")
+    assert [row.status for row in hf_flash.explain(model).rows] == ["patched", "patched", "skipped"]
+
+
+def test_include_may_be_any_iterable(tiny):
+    model = hf_flash.patch_model(tiny.make("bert"), include=(pattern for pattern in ["bert.*"]))
+    assert [row.status for row in hf_flash.explain(model).rows] == ["patched"] * 2
+    assert hf_flash.patch_model(model, include=["bert.*"]) is model
+
+
+def test_a_pattern_that_selects_nothing(tiny):
+    with pytest.raises(NotImplementedError, match=r"leave none of the 2 .*'bert.encoder.layer.0.attention.self'"):
+        hf_flash.patch_model(tiny.make("bert"), include="encoder.layers.*", on_unsupported="error")
+
+
+def test_a_model_patched_by_functions_can_be_pickled(tiny):
+    model = hf_flash.patch_model(tiny.make("bert"), exclude=lambda name, module: "layer.0" in name)
+    again = pickle.loads(pickle.dumps(model))
+    assert [row.status for row in hf_flash.explain(again).rows] == ["skipped", "patched"]
+    assert not hf_flash.is_patched(hf_flash.unpatch_model(again))

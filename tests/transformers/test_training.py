@@ -92,6 +92,22 @@ def test_padding_free_steps_aside(tiny, name, monkeypatch):
     assert (model(**inputs).logits - want.logits)[valid].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("arguments", [{"fp32": "bfloat16"}, {"fp32": "fallback"}, {"exclude": "*layer.0*"}])
+def test_padding_free_where_every_layer_is_served(tiny, monkeypatch, arguments):
+    """In the dtype to attend in, which fp32 names; not where a layer would attend to all tokens at once elsewhere."""
+    narrow = ("FP32", "none in this test")
+    monkeypatch.setattr("hf_flash.support.device_reason", lambda *a: narrow if a[-1] == torch.float32 else None)
+    model = hf_flash.patch_model(tiny.make("bert"), padding_free=True, on_fallback="ignore", **arguments)
+    shapes = set()
+    for name, module in model.named_modules():
+        if name.endswith("query"):
+            module.register_forward_hook(lambda m, args, out: shapes.add(tuple(args[0].shape[:2])))
+    inputs = tiny.batch("bert")
+    model(**inputs)
+    tokens = (1, int(inputs["attention_mask"].sum()))
+    assert shapes == {tokens if arguments == {"fp32": "bfloat16"} else (3, 13)}
+
+
 def test_padding_free_with_checkpointing(tiny):
     eager = tiny.make("bert").train()
     model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=True)
