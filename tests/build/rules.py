@@ -7,7 +7,16 @@ import re
 
 # Layers of hf_flash: a module may import at load time only what its row names. Patches count as one layer.
 # What is not listed (reference, version, ...) stands on torch alone.
-MAY_IMPORT_TRANSFORMERS = {"backend", "patching", "trainer", "fallback", "registry", "padding_free", "patches"}
+MAY_IMPORT_TRANSFORMERS = {
+    "backend",
+    "patching",
+    "record",
+    "trainer",
+    "fallback",
+    "registry",
+    "padding_free",
+    "patches",
+}
 ORDER = ["ops", "attention", "backend", "patching", "patches"]  # each may import what stands before it, never after
 
 LONGEST_FILE = 400

@@ -1,6 +1,7 @@
 """The library that racecheck needs, in which every lane of a warp arrives at barriers, compiles."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ BUILD = Path(__file__).parents[2] / "build/cuda"
 @pytest.mark.parametrize("kernel", ["sm90_forward_64_plain", "sm90_bias_gradient_linear"])
 def test_every_lane_arrives(kernel, tmp_path):
     target = str(BUILD / "objects" / f"{kernel}_nvcc_sm90.o")
-    ninja = ["ninja", "-C", BUILD, "-t", "commands", target]
+    ninja = [sys.executable, "-m", "ninja", "-C", BUILD, "-t", "commands", target]
     command = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     command = command.replace(target, str(tmp_path / "kernel.o")).replace(" -c ", " -DHF_FLASH_EVERY_LANE_ARRIVES -c ")
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
