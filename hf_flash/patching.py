@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from . import backend, ops, registry, report, support
-from .fallback import RECORD, Options
+from .fallback import RECORD, Options, options_of
 from .record import ConfigCopy, Record
 from .report import Report, Row, logger
 from .support import Unsupported
@@ -237,7 +237,9 @@ def _apply(model, attentions, reasons, wanted, options: Options, padding_free: b
                 _record(module).configs[name] = copies[id(value)]
                 module.__dict__[name] = copies[id(value)].private
         rule = registry.rule_of(type(module))
-        if padding_free and rule is not None and rule.padding_free is not None:
+        drops_padding = padding_free and rule is not None and rule.padding_free is not None
+        # A layer left out would attend to all tokens of a batch at once.
+        if drops_padding and not any(options_of(part).excluded for part in module.modules()):
             _swap(module, rule.padding_free)
     for key, config in copies.items():
         # A config without attention modules of its own (a composite's) follows when nothing below it was refused.

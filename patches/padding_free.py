@@ -28,11 +28,9 @@ def _config(stack):
 
 def _kernel_serves(stack, states: torch.Tensor, config) -> bool:
     """Packed attention in a fallback would be quadratic in all tokens of the batch, so it must not come to that."""
-    options = [options_of(module) for module in stack.modules() if behaviour_of(type(module)) is not None]
-    if any(each.excluded for each in options):
-        return False
+    options = next(options_of(module) for module in stack.modules() if behaviour_of(type(module)) is not None)
     nothing = states[:0]
-    dtype = precision(nothing, nothing, nothing, options[0])[0].dtype
+    dtype = precision(nothing, nothing, nothing, options)[0].dtype
     head_dim = config.hidden_size // config.num_attention_heads
     device = states.device
     return support.device_reason(device.type, device.index, dtype) is None and head_dim % 8 == 0 and head_dim <= 256

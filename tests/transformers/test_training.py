@@ -60,16 +60,22 @@ def test_dropout_keeps_the_mean(tiny):
     assert ((draws.mean(0) - want).abs() <= 5 * standard_error + 0.005 * want.abs().max()).all()
 
 
+def shapes_of_queries(model) -> set:
+    """Fills with (batch, tokens) of what the query projections of an encoder get."""
+    shapes = set()
+    for child, module in model.named_modules():
+        if child.endswith(("query", "q_lin")):
+            module.register_forward_hook(lambda m, args, out: shapes.add(tuple(args[0].shape[:2])))
+    return shapes
+
+
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_free(tiny, name, padding):
     """Logits and gradients stay; the stack of layers sees the real tokens alone."""
     eager = tiny.make(name)
     model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=True, on_fallback="error", on_unsupported="error")
-    shapes = set()
-    for child, module in model.named_modules():
-        if child.endswith(("query", "q_lin")):
-            module.register_forward_hook(lambda m, args, out: shapes.add(tuple(args[0].shape[:2])))
+    shapes = shapes_of_queries(model)
     inputs = tiny.batch(name, padding)
     tiny.assert_same_step(eager, model, inputs, tolerance=1e-6 if padding == "none" else 5e-6)
     tokens = 39 if padding == "none" else int(inputs["attention_mask"].sum())
@@ -98,10 +104,7 @@ def test_padding_free_where_every_layer_is_served(tiny, monkeypatch, arguments):
     narrow = ("FP32", "none in this test")
     monkeypatch.setattr("hf_flash.support.device_reason", lambda *a: narrow if a[-1] == torch.float32 else None)
     model = hf_flash.patch_model(tiny.make("bert"), padding_free=True, on_fallback="ignore", **arguments)
-    shapes = set()
-    for name, module in model.named_modules():
-        if name.endswith("query"):
-            module.register_forward_hook(lambda m, args, out: shapes.add(tuple(args[0].shape[:2])))
+    shapes = shapes_of_queries(model)
     inputs = tiny.batch("bert")
     model(**inputs)
     tokens = (1, int(inputs["attention_mask"].sum()))
