@@ -167,6 +167,7 @@ int64_t backward_workspace(const AttentionParams& p) {
   const int hopper = hopper_head_dim(p);
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
+  if (grid.relays()) return 0;
   // stores_first in place of the rows that are stored first: how many they are does not change the size.
   if (grid.tall) return TallDqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
   return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);

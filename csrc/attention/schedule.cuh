@@ -47,6 +47,7 @@ struct PersistentSchedule {
   // Each sequence has tiles of its own, which are listed, one sequence after the other: where the places of tiles that
   // do not exist were dealt out too, some CTAs got a fifth more than others.
   bool listed = false;
+  int32_t side = 1;  // so many neighbouring CTAs stay in the order of their numbers, each with a tile of the same head
   bool by_tile = false;  // of those of a sequence the longest first, all heads side by side; or head after head
 
   int64_t works() const { return int64_t{tiles} * planes; }
@@ -64,7 +65,8 @@ struct PersistentSchedule {
 
   // This CTA's work of a round.
   __device__ Work work(int round) const {
-    const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int own = blockIdx.x % side;
+    const int cta = round % 2 ? gridDim.x - side - (blockIdx.x - own) + own : blockIdx.x;
     const int batch = planes / heads;
     int tile, plane;
     if (section == 0) {

@@ -1,4 +1,5 @@
 // The backward's last pass: dQ from the float32 accumulator's fragment order to rows of q's dtype.
+#include "instructions/dependent_launch.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "tile/store.cuh"
@@ -10,8 +11,9 @@ constexpr int kThreads = 256;
 
 // A warp converts 16 rows and 32 columns at a time: four coalesced loads, two 16-byte stores a lane.
 template <class T, class Accumulator>
-__global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionParams p, const Accumulator accumulator,
-                                                              const float scale, const int32_t row_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    convert_dq_kernel(const AttentionParams p, const Accumulator accumulator, const float scale,
+                      const int32_t row_blocks, const bool cached) {
   constexpr int kRows = Accumulator::kTileRows;
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
@@ -20,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
   const int32_t lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
   const int32_t column_groups = accumulator.columns / 32;
   T* dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + head * p.dq.head;
+  wait_for_kernel_before();
 
   for (int32_t item = threadIdx.x / 32; item < kRows / 16 * column_groups; item += kThreads / 32) {
     const int32_t row = block * kRows + item / column_groups * 16;
@@ -32,7 +35,10 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const AttentionPar
     const auto load_pairs = [&](uint32_t& first, uint32_t& second, const float* from, bool exist = true) {
       float x[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = has_sums && exist ? scale * from[DqAccumulator::element(0, 0, e)] : 0.0f;
+      for (int e = 0; e < 4; ++e) {
+        const float* const sum = from + DqAccumulator::element(0, 0, e);
+        x[e] = has_sums && exist ? scale * (cached ? __ldcs(sum) : *sum) : 0.0f;
+      }
       first = pack<T>(x[0], x[1]);
       second = pack<T>(x[2], x[3]);
     };
@@ -73,12 +79,13 @@ void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float 
   const int32_t row_blocks = (p.seqlen_q + Accumulator::kTileRows - 1) / Accumulator::kTileRows;
   const int64_t blocks = int64_t{p.batch} * p.heads_q * row_blocks;
   if (blocks == 0) return;
-  const auto grid = static_cast<uint32_t>(blocks);
+  const bool cached = stay_cached(p);
+  AttributedLaunch launch(static_cast<uint32_t>(blocks), kThreads, 0, stream);
+  if (cached) launch.start_early();
   if (p.dtype == DType::kFloat16)
-    convert_dq_kernel<__half><<<grid, kThreads, 0, stream>>>(p, accumulator, scale, row_blocks);
+    launch("convert_dq", convert_dq_kernel<__half, Accumulator>, p, accumulator, scale, row_blocks, cached);
   else
-    convert_dq_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p, accumulator, scale, row_blocks);
-  check_launch("convert_dq");
+    launch("convert_dq", convert_dq_kernel<__nv_bfloat16, Accumulator>, p, accumulator, scale, row_blocks, cached);
 }
 
 template void convert_dq(const AttentionParams&, const DqAccumulator&, float, cudaStream_t);

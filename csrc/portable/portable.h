@@ -9,6 +9,13 @@
 
 namespace hf_flash::portable {
 
+// Do dout and what is summed of dQ stay in the L2 cache, of 50 MB on Hopper, until the next kernel reads them? Then the
+// kernel before leaves them there, and the next one starts while it ends: B 8, H 12, D 64 and S 512 / 1024 / 2048, up
+// to 25 MB, gain 6 / 5 / 2 %; 67 MB lose 1 to 2 %.
+inline bool stay_cached(const AttentionParams& p) {
+  return p.total_q * p.heads_q * int64_t{p.head_dim_v} * 2 <= (32 << 20);
+}
+
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse; 0 for rows that are not computed, whose dout is not read.
 // Also zeroes the accumulator where one is given, or where that finishes dq, the rows of dq that it does not reach.
 template <class Accumulator>

@@ -1,6 +1,7 @@
 // The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, or the rows
 // of dq that nothing is added to, so that no launch of its own has to.
 #include "attention/sequence.h"
+#include "instructions/dependent_launch.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
 #include "portable/vector.cuh"
@@ -11,13 +12,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanes = 8;  // threads of one row: 128 bytes of a 16-bit dtype, a whole cache line, at a time
 
+// x is read again, where keeps_x while it is in the cache; y is not.
 template <class Element, class Sum>
-__device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane) {
+__device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane, bool keeps_x) {
   using Vec = Vector<Element>;
   Sum sum = 0;
   for (int32_t d = lane * Vec::kSize; d < dim; d += kLanes * Vec::kSize) {
-    const Vec a = *reinterpret_cast<const Vec*>(x + d);
-    const Vec b = *reinterpret_cast<const Vec*>(y + d);
+    const Vec a = keeps_x ? *reinterpret_cast<const Vec*>(x + d) : load_for_the_last_time(x + d);
+    const Vec b = load_for_the_last_time(y + d);
 #pragma unroll
     for (int e = 0; e < Vec::kSize; ++e) sum += widen<Sum>(a.element[e]) * widen<Sum>(b.element[e]);
   }
@@ -26,10 +28,11 @@ __device__ Sum dot(const Element* x, const Element* y, int32_t dim, int32_t lane
 
 // One block: a tile of one query head of one sequence. Heads run fastest over the grid: their rows are neighbours.
 template <class Element, class Accumulator>
-__global__ void __launch_bounds__(kThreads)
-    row_sum_kernel(const AttentionParams p, const Accumulator accumulator, const int32_t row_blocks) {
+__global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams p, const Accumulator accumulator,
+                                                           const int32_t row_blocks, const bool keeps_dout) {
   constexpr int kRows = Accumulator::kTileRows;
   using Sum = typename SumOf<Element>::type;
+  let_next_kernel_start();
   const int32_t head = blockIdx.x % p.heads_q;
   const int32_t block = blockIdx.x / p.heads_q % row_blocks;
   const int32_t b = blockIdx.x / p.heads_q / row_blocks;
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     Sum sum = 0;
     if (sequence.computes(i))
-      sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane);
+      sum = dot<Element, Sum>(dout + row * p.dout.row, out + row * p.out.row, p.head_dim_v, lane, keeps_dout);
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane != 0 || i >= sequence.len_q) continue;
@@ -83,7 +86,7 @@ void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStrea
   if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
   with_element(p.dtype, [&](auto element) {
     row_sum_kernel<decltype(element)>
-        <<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks);
+        <<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks, stay_cached(p));
   });
   check_launch("row_sum");
 }

@@ -1,9 +1,9 @@
 // Backward for Hopper (FlashAttention-3, Shah et al. 2024, in its outer shape): a CTA owns 128 keys, two warpgroups of
 // 64, and walks the query tiles that see them, for every query head of the group, so dK and dV need no reduction.
 // Scores are computed transposed, keys as rows: P and dS stay in registers as operands of dV and dK. Only dS goes
-// through shared memory, for dQ, which leaves one step late: added in float32 to global memory or, in the last of fixed
-// turns, written as dq. The warpgroups take turns at the tensor cores. Long calls of head dimension 128 have other
-// consumers (tall_backward.cuh).
+// through shared memory, for dQ, which leaves one step late: added in float32 to global memory, handed to another CTA
+// of the cluster (dq_relay.cuh) or, where all others have added, written as dq. The warpgroups take turns at the tensor
+// cores. Long calls of head dimension 128 have other consumers (tall_backward.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,7 @@
 #include "sm90/backward_launch.cuh"
 #include "sm90/backward_producers.cuh"
 #include "sm90/backward_warpgroup.cuh"
+#include "sm90/dq_relay.cuh"
 #include "sm90/tall_backward.cuh"
 
 namespace hf_flash::sm90 {
@@ -22,6 +23,7 @@ namespace hf_flash::sm90 {
 template <class Traits>
 __device__ __forceinline__ void consume(const AttentionParams& p, const BackwardMaps& maps,
                                         const BackwardShared<Traits>& shared, int warpgroup) {
+  constexpr bool kRelays = Traits::kRelays;
   BackwardWarpgroup<Traits> state(p, maps, shared, warpgroup);
   if (warpgroup == 1) state.pass_turn();  // the first turn is the first warpgroup's
   uint32_t step = 0;                      // place in the rings
@@ -31,7 +33,16 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   if (n < 0) return;
   state.begin(n, step);
   state.lay_out_ds(step);
+  const auto leave = [&](uint32_t step, const DqRoute& route) {
+    if (kRelays) {
+      state.pass_dq_on(step, route);
+    } else {
+      state.lay_out_dq(step, route.finishes());
+    }
+  };
 
+  bool adds = false;  // dQ of the step before to what dq's registers hold
+  if (kRelays) state.dq.forget();
   for (;; ++step) {
     step = uniform(step);
     state.publish_ds(step);
@@ -40,7 +51,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     state.start_dk_dv(step);
     // At the very first step this multiplies what lies in memory, and nobody looks at it.
     if (step > 0) shared.ds.wait_full(step - 1);
-    state.start_dq(n_before, step - 1);
+    state.start_dq(n_before, step - 1, adds);
     shared.steps.wait_full(step + 1);
     wgmma_wait<1>();  // now the registers of P and dS are free for the next S
     wgmma_settle(state.dk);
@@ -61,18 +72,20 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     if (!moves) state.pass_turn();
     const BackwardStep& next = shared.step(step + 1);
     const int n_after = uniform(next.next);
-    const bool boundary = next.boundary[warpgroup], finishes = shared.step(step - 1).finishes;
+    const bool boundary = next.boundary[warpgroup];
+    const DqRoute route = shared.step(step - 1).route;
     wgmma_wait<1>();
     if (step > 0) {
       wgmma_settle(state.dq);
       shared.ds.release(step - 1);
-      state.lay_out_dq(step - 1, finishes);
+      leave(step - 1, route);
       if (!early && n_before != n) shared.k.release(n_before);
     }
     if (moves) shared.v.wait_full(n_next);
     state.start_dp(step + 1);
-    if (step > 0) shared.dq.release(step - 1);  // no earlier: the stores hold it up
+    if (!kRelays && step > 0) shared.dq.release(step - 1);  // no earlier: the stores hold it up
     state.differentiate(n_next, step + 1, boundary);
+    adds = kRelays && state.take_sums(step);
     state.lay_out_ds(step + 1);
     // No earlier: no product may be under way when the registers of dK and dV are cleared.
     if (moves) state.store(shared.plan(n));
@@ -83,22 +96,23 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
 
   state.start_dk_dv(step);
   if (step > 0) shared.ds.wait_full(step - 1);
-  state.start_dq(n_before, step - 1);
+  state.start_dq(n_before, step - 1, adds);
   wgmma_wait<0>();
   wgmma_settle(state.dk);
   wgmma_settle(state.dv);
   wgmma_settle(state.dq);
   state.store(shared.plan(n));
   if (step > 0) {
-    state.lay_out_dq(step - 1, shared.step(step - 1).finishes);
-    shared.dq.release(step - 1);
+    leave(step - 1, shared.step(step - 1).route);
+    if (!kRelays) shared.dq.release(step - 1);
   }
+  adds = kRelays && state.take_sums(step);
   shared.ds.wait_full(step);
-  state.start_dq(n, step);
+  state.start_dq(n, step, adds);
   wgmma_wait<0>();
   wgmma_settle(state.dq);
-  state.lay_out_dq(step, shared.step(step).finishes);
-  shared.dq.release(step);
+  leave(step, shared.step(step).route);
+  if (!kRelays) shared.dq.release(step);
 }
 
 template <class Traits>
@@ -113,14 +127,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.init();
     mbarrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (Traits::kRelays) {
+    cluster_barrier();
+  } else {
+    __syncthreads();
+  }
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
     if (warp == 1) make_plans(p, schedule, grid, shared);
     if (warp == 2) copy_row_values(p, shared);
-    if (warp == 3) add_dq(p, accumulator, grid.rotates, shared);
+    if (warp == 3) {
+      if constexpr (Traits::kRelays) {
+        relay_dq(p, shared);
+      } else {
+        add_dq(p, accumulator, grid.rotates, shared);
+      }
+    }
   } else {
     take_registers<Traits::kConsumerRegisters>();
     if constexpr (Traits::kTall) {
@@ -129,12 +153,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       consume(p, maps, shared, warpgroup);
     }
   }
+  if constexpr (Traits::kRelays) cluster_barrier();  // the others may still write here
 }
 
 template <class Traits>
 void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream_t stream) {
-  const typename Traits::DqSums accumulator(p, p.workspace, Traits::kHeadDim, grid.finishes_dq,
-                                            grid.stores_first ? Traits::kQueries : 0);
+  using Sums = typename Traits::DqSums;
+  Sums accumulator;
+  if constexpr (Traits::kRelays) {
+    accumulator.finishes_dq = true;
+  } else {
+    const int stored_rows = grid.stores_first ? Traits::kQueries : 0;
+    accumulator = Sums(p, p.workspace, Traits::kHeadDim, grid.finishes_dq, stored_rows);
+  }
   portable::row_sum(p, accumulator, stream);
   launch_backward<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
   if (!accumulator.finishes_dq)
@@ -145,6 +176,11 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
+  if constexpr (TERMS == Terms::kNone && relayed_keys(HEAD_DIM, DROPOUT, false) > 0) {
+    constexpr int kQueries = backward_config(HEAD_DIM, false).queries;
+    if (grid.relays())
+      return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS, kQueries, true>>(p, grid, stream);
+  }
   if constexpr (HEAD_DIM == 128 && !DROPOUT && TERMS == Terms::kNone) {
     if (grid.tall) return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS, kTallQueries>>(p, grid, stream);
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/platform.h"
 #include "params.h"
 #include "sm90/config.h"
 
@@ -18,31 +19,44 @@ struct BackwardGrid {
   bool stores_first;  // the first to add to a query tile's dQ stores, and nobody has to zero it
   bool spreads;       // the key tiles of a head start at query tiles apart from each other's
   bool tall;          // query tiles of 80
+  // The key tiles of a head are at work in the CTAs of a cluster of so many: sums of dQ go from one's shared memory to
+  // the next one's, and the last CTA writes dq. 0: the sums are in global memory.
+  int cluster;
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
     const int keys = backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
     ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors}));
-    // Not if whole heads left more than a third of the SMs idle.
     const bool all_see_all = tiles == 1 || (p.window_left < 0 && p.window_right < 0);
+    cluster = all_see_all && relay_pays(p, head_dim, tiles) ? tiles : 0;
+    // Not if whole heads left more than a third of the SMs idle.
     const bool side_by_side = all_see_all && tiles > 0 && tiles <= ctas && 3 * (ctas % tiles) <= ctas;
     const bool tall_pays = head_dim == 128 && !p.drops() && !p.has_extras() && p.seqlen_q >= kTallFromQueries &&
                            p.seqlen_k > kTallAboveKeys;
     const bool turns_pay = p.deterministic && !(tall_pays && p.seqlen_k > kTallTurnsAboveKeys);
-    finishes_dq = side_by_side && head_dim <= 128 && (turns_pay || finishing_pays(p, tiles));
-    rotates = finishes_dq || (side_by_side && p.deterministic);
-    if (rotates) ctas -= ctas % tiles;
-    stores_first = head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
+    finishes_dq = relays() || (side_by_side && head_dim <= 128 && (turns_pay || finishing_pays(p, tiles)));
+    rotates = !relays() && (finishes_dq || (side_by_side && p.deterministic));
+    if (rotates || relays()) ctas -= ctas % tiles;
+    stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
     tall = tall_pays && !finishes_dq;
   }
 
+  HF_FLASH_HOST_DEVICE bool relays() const { return cluster > 0; }
+
  private:
+  // With fewer query tiles than key tiles, CTAs would wait for each other.
+  static bool has_query_tiles(const AttentionParams& p, int tiles) {
+    return int64_t{p.seqlen_q + 127} / 128 * (p.heads_q / p.heads_k) >= tiles;
+  }
   // Where the order of the additions is free.
   static bool finishing_pays(const AttentionParams& p, int tiles) {
-    const int64_t query_tiles = int64_t{p.seqlen_q + 127} / 128 * (p.heads_q / p.heads_k);
-    // With fewer query tiles than key tiles, some would start at the same one and wait.
-    return p.seqlen_k <= kFinishedKeys && query_tiles >= tiles;
+    return p.seqlen_k <= kFinishedKeys && has_query_tiles(p, tiles);
+  }
+  static bool relay_pays(const AttentionParams& p, int head_dim, int tiles) {
+    const bool ragged = p.packed() || p.key_range != nullptr;
+    return tiles > 1 && p.seqlen_k <= relayed_keys(head_dim, p.drops(), ragged) && has_query_tiles(p, tiles) &&
+           !p.has_extras();
   }
 };
 

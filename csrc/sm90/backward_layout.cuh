@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 
 #include "attention/schedule.cuh"
 #include "attention/sequence.h"
@@ -64,15 +65,68 @@ struct StepWalk {
   }
 };
 
+// The same where sums of dQ go from CTA to CTA: of each head as many query tiles as there are key tiles, then the next
+// ones; all CTAs go through them at the same time, each at a tile of its own, and a tile moves on by one with each
+// step.
+template <int QUERIES>
+struct RelayWalk {
+  const BackwardPlan& plan;
+  int head, i0, round, left;  // round: the first of these query tiles
+
+  __device__ explicit RelayWalk(const BackwardPlan& plan)
+      : plan(plan),
+        head(plan.first_head),
+        round(plan.begin),
+        left((plan.end_head - plan.first_head) * ((plan.end - plan.begin) / QUERIES)) {
+    i0 = start();
+  }
+  __device__ bool exists() const { return left > 0; }
+  __device__ bool last() const { return left == 1; }
+  __device__ void next() {
+    --left;
+    i0 = (i0 == round ? round_end() : i0) - QUERIES;
+    if (i0 != start() || left == 0) return;
+    round = round_end();
+    if (round == plan.end) {
+      round = plan.begin;
+      ++head;
+    }
+    i0 = start();
+  }
+  // Is this CTA the first to add to dQ of these queries, or the last?
+  __device__ bool begins() const { return i0 == round + plan.turn * QUERIES; }
+  __device__ bool ends() const { return i0 == round + next_turn() * QUERIES; }
+  __device__ int next_turn() const { return plan.turn + 1 < plan.turns ? plan.turn + 1 : 0; }
+
+ private:
+  __device__ int round_end() const { return min(round + plan.turns * QUERIES, plan.end); }
+  __device__ int start() const { return min(round + plan.turn * QUERIES, round_end() - QUERIES); }
+};
+
+// What becomes of a step's dQ.
+struct DqRoute {
+  uint32_t bits;
+
+  // finishes: dq of its queries. Where sums go from CTA to CTA: adds to what comes from another one; goes on to `next`,
+  // if not into dq; odd: was the number of sums that went to the next CTA before, or to the first.
+  __device__ static DqRoute of(bool finishes, bool adds = false, int next = 0, bool odd = false) {
+    return {static_cast<uint32_t>(finishes | adds << 1 | odd << 2 | next << 3)};
+  }
+  __device__ bool finishes() const { return bits & 1; }
+  __device__ bool adds() const { return bits & 2; }
+  __device__ bool odd() const { return bits & 4; }
+  __device__ uint32_t next() const { return bits >> 3; }
+};
+
 // One query tile of one query head of a piece of work. The warp that brings its lse and row sums says what it is, and
 // its word stays while any warp may look back.
 struct BackwardStep {
   int plan;  // the piece of work's place; -1: there are no more steps
   int next;  // the next step's, where plans are made so early
   int head, i0;
+  DqRoute route;
   bool last;         // of the piece of work
   bool boundary[2];  // has something to be hidden from some of this warpgroup's keys?
-  bool finishes;     // dq of its queries
   bool lowest;       // some query sees nothing above the lowest finite numbers
   float slope;       // ALiBi
 };
@@ -88,7 +142,7 @@ struct DqTarget {
 };
 
 template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS,
-          int QUERIES = backward_config(HEAD_DIM, TERMS != Terms::kNone).queries>
+          int QUERIES = backward_config(HEAD_DIM, TERMS != Terms::kNone).queries, bool RELAYS = false>
 struct BackwardTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
@@ -106,6 +160,8 @@ struct BackwardTraits {
   static constexpr bool kSplitColumns = kQueries == 64;
   static constexpr int kDqColumns = kTall ? kQueries : kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
   using DqSums = DqAccumulatorOf<kTall ? kQueries : 64>;
+  static constexpr bool kRelays = RELAYS;  // sums of dQ go from CTA to CTA
+  using Walk = std::conditional_t<kRelays, RelayWalk<kQueries>, StepWalk<kQueries>>;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
@@ -118,7 +174,9 @@ struct BackwardTraits {
   // late, V of one, Q, dO and dS of two steps, dQ on its way out, lse and row sums of two steps, plans, barriers. A
   // third tile of dS lets a step's bias come while the step before is at work. A plan's place is free when the warp
   // that adds dQ is done with it.
-  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : kTall ? 1 : 2, kPlans = 4, kSteps = 8;
+  static constexpr int kStages = 2, kKeyStages = HEAD_DIM <= 64 ? 3 : kTall ? 1 : 2, kPlans = 4;
+  // The warpgroup behind may look three steps back. Where sums go from CTA to CTA their barriers take the room of more.
+  static constexpr int kSteps = kRelays ? 4 : 8, kTargets = kRelays ? 4 : 1;
   static constexpr bool kPlansAhead = true;  // a step's word tells of the next one
   // Single steps: while dQ of one piece of work leaves, the words of the next two are out and name a fourth.
   static_assert(kPlans >= 4);
@@ -131,7 +189,7 @@ struct BackwardTraits {
   static constexpr int kDqBytes = kQueries * HEAD_DIM * static_cast<int>(sizeof(float));
   static constexpr int kValues = kDq + kDqBytes;
   static constexpr int kTarget = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kStep = kTarget + static_cast<int>(sizeof(DqTarget));
+  static constexpr int kStep = kTarget + kTargets * static_cast<int>(sizeof(DqTarget));
   static constexpr int kPlan = kStep + kSteps * static_cast<int>(sizeof(BackwardStep));
   static_assert(kPlan % alignof(BackwardPlan) == 0);
 };
@@ -185,8 +243,8 @@ struct BackwardShared {
   using Keys = Ring<Traits::kKeyStages>;
   using Scores = Ring<Traits::kScoreStages>;
   using Single = Ring<1>;
-  static constexpr int kBytes =
-      kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + Pair::kBytes + 2 * Scores::kBytes + 8;
+  static constexpr int kBytes = kBarriers + Plans::kBytes + Keys::kBytes + 2 * Single::kBytes + Pair::kBytes +
+                                Scores::kBytes + 8 + (Traits::kRelays ? 4 * Single::kBytes : Scores::kBytes);
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
@@ -194,10 +252,13 @@ struct BackwardShared {
   Plans planned;
   Keys k;
   Single v;
-  Single dq;   // filled when the place is given to a step, perhaps with sums; empty when all warps are done with it
-  Pair steps;  // Q, dO, lse and row sums of a step arrive together
-  Scores ds, bias;  // of bias only the full barriers are used: it lies where dS of its step will
-  uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
+  // Filled when the place is given to a step, perhaps with sums; empty when all warps are done with it. Where sums go
+  // from CTA to CTA: filled once, when there is a first step's word.
+  Single dq;
+  Pair steps;           // Q, dO, lse and row sums of a step arrive together
+  Scores ds, bias;      // of bias only the full barriers are used: it lies where dS of its step will
+  uint32_t landed;      // barrier of tiles that the producer must clean before anybody reads them
+  uint32_t first_sums;  // barriers, where sums of dQ go from CTA to CTA; there is no bias then
 
   __device__ explicit BackwardShared(char* memory)
       : memory(memory),
@@ -209,7 +270,8 @@ struct BackwardShared {
         steps(dq.barriers + Single::kBytes),
         ds(steps.barriers + Pair::kBytes),
         bias(ds.barriers + Scores::kBytes),
-        landed(bias.barriers + Scores::kBytes) {}
+        landed(bias.barriers + (Traits::kRelays ? 0 : Scores::kBytes)),
+        first_sums(landed + 8) {}
 
   __device__ void init() const {
     planned.init(1, kWarpThreads);  // emptied by the warp that adds dQ; each lane has written a part of the plan
@@ -219,8 +281,13 @@ struct BackwardShared {
     steps.init(warps(Traits::kWarps),
                1 + kWarpThreads);  // filled by the copying warp and by each lane that brings row values
     ds.init(warps(Traits::kWarps), warps(Traits::kWarps));
-    bias.init(1);
+    if (!Traits::kRelays) bias.init(1);
     mbarrier_init(landed, 1);
+    for (int w = 0; Traits::kRelays && w < 2; ++w) {
+      sums(w).init(warps(Traits::kWarps / 2));
+      mbarrier_init(has_place(w, false), 1);
+      mbarrier_init(has_place(w, true), 1);
+    }
   }
   __device__ BackwardPlan& plan(uint32_t n) const {
     return reinterpret_cast<BackwardPlan*>(memory + Traits::kPlan)[n % Traits::kPlans];
@@ -243,7 +310,15 @@ struct BackwardShared {
   // dQ of a step as the accumulator has it (portable/dq_accumulator.h): blocks of 16 rows, transposed of 8, one after
   // the other.
   __device__ uint32_t dq_tile() const { return base + Traits::kDq; }
-  __device__ DqTarget& dq_target() const { return *reinterpret_cast<DqTarget*>(memory + Traits::kTarget); }
+  // Where sums of dQ come from another CTA each warpgroup has its own part of the place, filled when they are there;
+  // and a barrier for each CTA that they go on to, the next one or the first, which ends it when it has a place.
+  __device__ Single sums(int warpgroup) const { return Single(first_sums + 2 * Single::kBytes * warpgroup); }
+  __device__ uint32_t has_place(int warpgroup, bool first) const {
+    return sums(warpgroup).barriers + Single::kBytes + (first ? 8 : 0);
+  }
+  __device__ DqTarget& dq_target(uint32_t step) const {
+    return reinterpret_cast<DqTarget*>(memory + Traits::kTarget)[step % Traits::kTargets];
+  }
   __device__ BackwardStep& step(uint32_t step) const {
     return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
   }
@@ -283,9 +358,10 @@ struct BackwardMaps {
 // accumulators lie in the L2 cache together, and which fill a round: with 64 MB of them S 1024 at D 64 ran at 202
 // instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 over 128, whose tiles move as many bytes for half of the
 // keys. In a fixed order of the additions CTAs that share one wait for each other: fewer do.
-inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, bool rotates) {
+inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, const BackwardGrid& grid) {
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
-  schedule.listed = (p.packed() || p.key_range != nullptr) && !rotates;
+  schedule.listed = (p.packed() || p.key_range != nullptr) && !grid.rotates && !grid.relays();
+  if (grid.relays()) schedule.side = grid.cluster;
   if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
     schedule.by_tile = schedule.first_is_longest = true;
   } else if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {

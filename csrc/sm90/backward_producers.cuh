@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/score_gradient.cuh"
+#include "instructions/dependent_launch.cuh"
 #include "sm90/backward_layout.cuh"
 
 namespace hf_flash::sm90 {
@@ -47,11 +48,15 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
   PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
     const auto spans = [&](int b) { return seen_tiles<Traits>(Sequence(p, b)); };
-    const PersistentSchedule::Work work =
-        schedule.listed ? schedule.listed_work(round, walk, spans) : schedule.work(round);
+    PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, walk, spans) : schedule.work(round);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;
+    if (Traits::kRelays && !last) {  // the first CTA of a cluster has the first tile that is seen
+      const int tiles = (sequence.len_k + Traits::kKeys - 1) / Traits::kKeys;
+      work.tile += seen_tiles<Traits>(sequence).first;
+      if (work.tile >= tiles) work.tile -= tiles;
+    }
     shared.wait_for_plan_place(n);
     BackwardPlan& plan = shared.plan(n);
     make_plan<Traits>(plan, p, sequence, work, grid);
@@ -112,7 +117,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
     // With fewer places for K the first Q and dO come before it: who must give a place back may wait for them.
     if (Traits::kKeyStages >= 3) load_k();
     bool has_v = false;
-    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+    for (typename Traits::Walk walk(plan); walk.exists(); walk.next(), ++step) {
       const int head = uniform(walk.head), i0 = uniform(walk.i0);
       const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
       const uint32_t q_tile = shared.q_tile(step), dout_tile = shared.dout_tile(step), full = shared.steps.full(step);
@@ -154,12 +159,33 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
   }
 }
 
+template <int QUERIES>
+__device__ __forceinline__ DqRoute route_of(const StepWalk<QUERIES>& walk, uint32_t&) {
+  return DqRoute::of(walk.left <= walk.plan.finishing);
+}
+template <int QUERIES>
+__device__ __forceinline__ DqRoute route_of(const RelayWalk<QUERIES>& walk, uint32_t& odd) {
+  const int next = walk.next_turn(), bit = next == 0;
+  const bool was_odd = odd >> bit & 1;
+  if (!walk.ends()) odd ^= 1 << bit;
+  return DqRoute::of(walk.ends(), !walk.begins(), next, was_odd);
+}
+
+// To relay_dq(), which cannot follow the steps' ring.
+template <class Traits>
+__device__ __forceinline__ void tell_of_first_step(const BackwardShared<Traits>& shared, uint32_t step) {
+  if constexpr (Traits::kRelays) {
+    if (step == 0) mbarrier_arrive(shared.dq.full(0));
+  }
+}
+
 // What each step is, and lse, in log2 units, and row sums of its queries; rows that are not computed get probabilities
 // of 0.
 template <class Traits>
 __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const BackwardShared<Traits>& shared) {
   const float factor = Traits::kDropout ? p.dropout_keep / 256.0f : 1.0f;
-  uint32_t step = 0;
+  uint32_t step = 0, odd = 0;  // odd: bits for the next CTA and for the first
+  wait_for_kernel_before();    // for the row sums
   for (uint32_t n = 0;; ++n) {
     shared.planned.wait_full(n);
     const BackwardPlan& plan = shared.plan(n);
@@ -167,12 +193,13 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       shared.steps.wait_empty(step);
       if (threadIdx.x % 32 == 0) {
         shared.step(step).plan = -1;
+        tell_of_first_step(shared, step);
         mbarrier_arrive(shared.steps.full(step));  // for the copying warp, which has no tiles for it
       }
       mbarrier_arrive(shared.steps.full(step));
       return;
     }
-    for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
+    for (typename Traits::Walk walk(plan); walk.exists(); walk.next(), ++step) {
       const int head = walk.head, i0 = walk.i0;
       const float* lse = static_cast<const float*>(p.lse.data) + plan.batch * p.lse.batch + head * p.lse.head;
       const float* row_sum =
@@ -217,9 +244,10 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
         at.i0 = i0;
         at.last = walk.last();
         for (int w = 0; w < 2; ++w) at.boundary[w] = i0 < plan.all[w].begin || i0 + Traits::kQueries > plan.all[w].end;
-        at.finishes = walk.left <= plan.finishing;
+        at.route = route_of(walk, odd);
         at.lowest = lowest;
         at.slope = slope;
+        tell_of_first_step(shared, step);
       }
       __syncwarp();
       mbarrier_arrive(shared.steps.full(step));
@@ -251,21 +279,30 @@ __device__ __forceinline__ int turn_of(const AttentionParams& p, const BackwardP
   return plan.turn - first + (plan.turn < first ? plan.turns : 0);
 }
 
-// Gives the place for dQ to a step that finishes dq of its queries: once all others have had their turns, with what
-// they have added.
+// A step finishes dq of its queries.
 template <class Traits>
-__device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
-                                                     const typename Traits::DqSums& accumulator,
-                                                     const BackwardPlan& plan, int head, int i0, uint32_t full,
-                                                     const BackwardShared<Traits>& shared) {
+__device__ __forceinline__ void aim_at_dq(const AttentionParams& p, const BackwardPlan& plan, int head, int i0,
+                                          DqTarget& target) {
   const Sequence& sequence = plan.sequence;
-  DqTarget& target = shared.dq_target();
   target.rows = static_cast<uint16_t*>(p.dq.data) + plan.batch * p.dq.batch + head * p.dq.head +
                 (sequence.first_q + i0) * p.dq.row;
   target.begin = sequence.query_begin - i0;
   target.end = sequence.query_end - i0;
   target.row = p.dq.row;
   target.factor = static_cast<float>(p.scale) * (Traits::kDropout ? 256.0f / p.dropout_keep : 1.0f);
+}
+
+// Gives the place for dQ to a step that finishes dq of its queries: once all others have had their turns, with what
+// they have added.
+template <class Traits>
+__device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
+                                                     const typename Traits::DqSums& accumulator,
+                                                     const BackwardPlan& plan, int head, int i0, uint32_t step,
+                                                     const BackwardShared<Traits>& shared) {
+  const Sequence& sequence = plan.sequence;
+  const uint32_t full = shared.dq.full(step);
+  DqTarget& target = shared.dq_target(step);
+  aim_at_dq<Traits>(p, plan, head, i0, target);
   target.adds = plan.turns > 1;
   if (plan.turns == 1) {
     mbarrier_arrive(full);
@@ -287,6 +324,7 @@ template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
                                        bool rotates, const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
+  wait_for_kernel_before();  // which may have zeroed the accumulator
   uint32_t step = 0;
   int32_t* arrived = nullptr;  // this counter grows by so much when what was added last has arrived
   int32_t count = 0;
@@ -305,7 +343,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
       if (walk.left <= plan.finishing) {
         end_turn();  // first: those that it waits for may wait for this one
-        give_place_to_finish(p, accumulator, plan, walk.head, walk.i0, shared.dq.full(step), shared);
+        give_place_to_finish(p, accumulator, plan, walk.head, walk.i0, step, shared);
         shared.dq.wait_empty(step + 1);
         fence_async_proxy();
         continue;

@@ -2,6 +2,7 @@
 // algorithm on it.
 #pragma once
 
+#include "instructions/cluster.cuh"
 #include "instructions/warpgroup.cuh"
 #include "sm90/backward_layout.cuh"
 #include "sm90/gradient_terms.cuh"
@@ -58,8 +59,8 @@ struct BackwardWarpgroup {
     start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
     wgmma_commit();
   }
-  // dQ = dS K.
-  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
+  // dQ = dS K (+ dQ).
+  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step, bool accumulate = false) {
     using ByQuery = typename Traits::ScoreTile;
     using ByKey = typename Traits::ScoreColumns;
     constexpr int kOwn = Traits::kSplitColumns ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
@@ -72,7 +73,7 @@ struct BackwardWarpgroup {
     for (int k = 0; k < Traits::kKeys / 16; ++k)
       wgmma_ss<T, kDqColumns, !Traits::kExtras, 1>(wgmma_registers(dq),
                                                    a + (Traits::kExtras ? ByQuery::across(k) : ByKey::down(k)),
-                                                   b + KeyTile::down(k), k > 0);
+                                                   b + KeyTile::down(k), accumulate || k > 0);
     wgmma_commit();
   }
 
@@ -138,11 +139,59 @@ struct BackwardWarpgroup {
     shared.ds.release_full(step);
   }
 
-  // dq of a step that finishes it: what the others have added and its own, scaled and rounded. sums: this lane's in
-  // shared memory; block: this warp's 16 rows of the tile; column_block: its first 8 columns.
-  __device__ __forceinline__ void write_dq(const DqTarget& target, uint32_t sums, int block, int column_block,
-                                           int lane) const {
-    const int t = lane % 4;
+  // This warpgroup's part of dQ: blocks of 16 rows with all columns, or half of the columns of each.
+  __device__ __forceinline__ int dq_block() const { return Traits::kSplitColumns ? warp : 4 * warpgroup + warp; }
+  __device__ __forceinline__ int dq_column_block() const {
+    return Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
+  }
+  // This lane's part. It is found anew each time: kept, it would cost registers all along.
+  __device__ __forceinline__ static int lane_of_dq() { return opaque(threadIdx.x % 32); }
+  __device__ __forceinline__ uint32_t dq_place(int lane) const {
+    return shared.dq_tile() + 4 * (dq_block() * 16 * kHeadDim + DqAccumulator::element(dq_column_block(), lane, 0));
+  }
+  __device__ __forceinline__ uint4 dq_bits(int n) const {
+    const float (&x)[4] = dq.x[0][n];
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+  }
+
+  // Where sums of dQ go from CTA to CTA: takes those that came for a step, to which its product is added. Returns
+  // whether any came.
+  __device__ __forceinline__ bool take_sums(uint32_t step) {
+    const bool adds = shared.step(step).route.adds();
+    dq.forget();
+    shared.sums(warpgroup).wait_full(step);
+    if (adds) {
+      const uint32_t place = dq_place(lane_of_dq());
+#pragma unroll
+      for (int n = 0; n < kDqColumns / 8; ++n) {
+        const uint4 sum = load_shared_16_bytes(place + 4 * DqAccumulator::element(n, 0, 0));
+        float (&x)[4] = dq.x[0][n];
+        x[0] = __uint_as_float(sum.x);
+        x[1] = __uint_as_float(sum.y);
+        x[2] = __uint_as_float(sum.z);
+        x[3] = __uint_as_float(sum.w);
+      }
+    }
+    shared.sums(warpgroup).release(step);
+    return adds;
+  }
+  // dQ of a step goes on to another CTA, or to its end.
+  __device__ __forceinline__ void pass_dq_on(uint32_t step, const DqRoute& route) const {
+    const int lane = lane_of_dq();
+    const uint32_t own = dq_place(lane);
+    if (route.finishes()) return write_dq(shared.dq_target(step), own, lane, false);
+    const uint32_t place = shared_address_of(own, route.next());
+    const uint32_t full = shared_address_of(shared.sums(warpgroup).full(0), route.next());
+    mbarrier_wait(shared.has_place(warpgroup, route.next() == 0), route.odd());
+#pragma unroll
+    for (int n = 0; n < kDqColumns / 8; ++n)
+      store_remote_16_bytes(place + 4 * DqAccumulator::element(n, 0, 0), dq_bits(n), full);
+  }
+
+  // dq of a step that finishes it: its own and, where they lie apart, at this lane's place, the others' sums, scaled
+  // and rounded.
+  __device__ __forceinline__ void write_dq(const DqTarget& target, uint32_t place, int lane, bool apart) const {
+    const int t = lane % 4, block = dq_block(), column_block = dq_column_block();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 16 * block + lane / 4 + 8 * r;
@@ -154,7 +203,7 @@ struct BackwardWarpgroup {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float2 sum{0, 0};
-          if (target.adds) sum = load_shared_float2(sums + 4 * DqAccumulator::element(n + i, 0, 2 * r));
+          if (apart) sum = load_shared_float2(place + 4 * DqAccumulator::element(n + i, 0, 2 * r));
           const float factor = target.factor, (&own)[4] = dq.x[0][n + i];
           x[i] = pack<T>((sum.x + own[2 * r]) * factor, (sum.y + own[2 * r + 1]) * factor);
         }
@@ -166,24 +215,18 @@ struct BackwardWarpgroup {
   }
 
   // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add once the place
-  // is released. This warpgroup has blocks of 16 rows with all columns, or half of the columns of each.
+  // is released.
   __device__ __forceinline__ void lay_out_dq(uint32_t step, bool finishes) const {
-    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
-    const int block = Traits::kSplitColumns ? warp : 4 * warpgroup + warp;
-    const int column_block = Traits::kSplitColumns ? warpgroup * (kDqColumns / 8) : 0;
-    const uint32_t rows =
-        shared.dq_tile() + 4 * (block * 16 * kHeadDim + DqAccumulator::element(column_block, lane, 0));
+    const int lane = lane_of_dq();
+    const uint32_t place = dq_place(lane);
     shared.dq.wait_full(step);
     if (finishes) {
-      write_dq(shared.dq_target(), rows, block, column_block, lane);
+      const DqTarget& target = shared.dq_target(step);
+      write_dq(target, place, lane, target.adds);
     } else {
 #pragma unroll
-      for (int n = 0; n < kDqColumns / 8; ++n) {
-        const float (&x)[4] = dq.x[0][n];
-        store_shared_16_bytes(
-            rows + 4 * DqAccumulator::element(n, 0, 0),
-            uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-      }
+      for (int n = 0; n < kDqColumns / 8; ++n)
+        store_shared_16_bytes(place + 4 * DqAccumulator::element(n, 0, 0), dq_bits(n));
     }
   }
 

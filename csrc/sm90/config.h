@@ -68,6 +68,17 @@ constexpr int backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 // 64, S 128 +63 %, 256 +35 %, 512 +5 %, 1024 -5 %.
 constexpr int kFinishedKeys = 512;
 
+// Up to so many keys, of two tiles at least, without extra terms, a cluster's CTAs hand the sums of dQ on instead, and
+// no float32 of dQ sees global memory. All calls with their row sums, S 256 / 384 / 512: D 64 +25, 4, 3 %, dropout +6,
+// -3, -4 %; D 128 +20, 10, 7 %. A tile moves 32 KB a step through the network between the SMs, at S 1024 as long as
+// the step itself takes: -9 %. Ragged sequences leave CTAs of a cluster idle: 256 +2 to +5, 384 and 512 -4 to -7 %. D
+// 128 with dropout gains 16, 6 and 1 % but spills.
+constexpr int kMaxCluster = 4;
+constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
+  if (head_dim > 128 || (head_dim > 64 && dropout)) return 0;
+  return ragged || dropout ? 256 : 128 * kMaxCluster;
+}
+
 // Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys. It
 // saves the writing of the zeros and costs a counter asked for each addition. On an H200: S 1024 +3 %, causal +5 %,
 // 2048 +2 and +3 %, 4096 +1 %, 16384 -1 and -1 to -4 %.

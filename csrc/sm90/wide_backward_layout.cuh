@@ -25,6 +25,8 @@ struct WideTraits {
   using ScoreTile = SwizzledTile<kQueries, kKeys>;     // of the bias or the softcap's slopes
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS
   using DqSums = DqAccumulator;
+  static constexpr bool kRelays = false;
+  using Walk = StepWalk<kQueries>;
 
   // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and
   // a slice never straddles a block of 64 columns of K.

@@ -87,6 +87,7 @@ template <class Traits>
 __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const DqAccumulator& accumulator, bool rotates,
                                               const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
+  wait_for_kernel_before();  // which zeroed the accumulator
   bool has_ended = false;
   uint32_t place = 0, other_place = 0;  // slices so far
   for (int other = 1;;) {               // the warpgroup that is not looked at

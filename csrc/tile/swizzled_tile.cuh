@@ -22,12 +22,14 @@ struct SwizzledTile {
     return chunk / 8 * kBlockBytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
 
-  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024. Leading: between
-  // blocks of 64 columns, read only where the columns are the operand's rows. wgmma wants it in uniform registers.
-  // MOVED there: where ptxas does not see that it is uniform it moves one descriptor after the other, which took half
-  // of the instructions. The move waits behind what the warp has in the queue to shared memory, products too.
+  // The lower word of wgmma's descriptor of a tile at a shared address that is a multiple of 1024; the address's upper
+  // bits, which tell the CTA of a cluster, are no part of it. Leading: between blocks of 64 columns, read only where
+  // the columns are the operand's rows. wgmma wants it in uniform registers. MOVED there: where ptxas does not see that
+  // it is uniform it moves one descriptor after the other, which took half of the instructions. The move waits behind
+  // what the warp has in the queue to shared memory, products too.
   template <bool MOVED = true>
   __device__ static uint32_t descriptor(uint32_t address) {
+    if (kBlocks > 1) address &= 0x3FFFF;
     const uint32_t lower = uint32_t{kBlockBytes / 16 << 16} | address >> 4;
     return MOVED ? uniform(lower) : lower;
   }

@@ -23,37 +23,50 @@ int main(int, char** x) {
   p.deterministic = std::atoi(x[4]);
   p.scale = 1;
   p.dropout_keep = std::atoi(x[6]);
+  int32_t range = 0;
+  if (std::atoi(x[7])) p.key_range = &range;
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
-  std::printf("%d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
-              grid.tall);
+  std::printf("%d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
+              grid.tall, grid.cluster);
 }
 """
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256) on 132 SMs.
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256, ranges=False) on 132 SMs.
 
-    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall.
+    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster.
     """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
     subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)
 
-    def ask(*arguments, keep=256):
-        words = [str(int(x)) for x in (*arguments, keep)]
+    def ask(*arguments, keep=256, ranges=False):
+        words = [str(int(x)) for x in (*arguments, keep, ranges)]
         return tuple(map(int, subprocess.check_output([folder / "grid", *words], text=True).split()))
 
     return ask
 
 
 def test_short_calls_finish_dq(grid):
-    assert grid(512, 512, -1, False, 64) == (132, 1, 1, 1, 1, 0)
+    assert grid(512, 512, -1, False, 64, keep=230) == (132, 1, 1, 1, 1, 0, 0)
     assert grid(512, 513, -1, False, 64)[1:3] == (0, 0)  # too long for its waits
     assert grid(300, 512, -1, False, 64)[1:3] == (0, 0)  # four tiles of keys, three of queries: two would start at one
     assert grid(512, 512, 0, False, 64)[1:3] == (0, 0)  # a causal mask
     assert grid(128, 128, 0, False, 64)[1:3] == (1, 1)  # the same over a single tile of keys
     assert grid(512, 512, -1, False, 256)[1:3] == (0, 0)  # tiles of 64 keys add
+
+
+def test_short_calls_hand_the_sums_on(grid):
+    assert grid(512, 512, -1, False, 64) == (132, 0, 1, 0, 0, 0, 4)
+    assert grid(300, 257, -1, True, 128) == (132, 0, 1, 0, 0, 0, 3)  # in whatever mode
+    assert grid(512, 513, -1, False, 64)[6] == grid(512, 512, -1, False, 256)[6] == grid(512, 512, 0, False, 64)[6] == 0
+    assert grid(128, 128, -1, False, 64)[6] == 0  # a single tile has nothing to hand on
+    assert grid(200, 300, -1, False, 64)[6] == 0  # two tiles of queries
+    assert [grid(s, s, -1, False, 64, keep=230)[6] for s in (256, 257)] == [2, 0]
+    assert [grid(s, s, -1, False, 64, ranges=True)[6] for s in (256, 257)] == [2, 0]
+    assert grid(256, 256, -1, False, 128, keep=230)[6] == 0
 
 
 def test_the_first_addition_stores_unless_sequences_are_long(grid):
@@ -71,7 +84,7 @@ def test_a_fixed_order_has_whole_heads_at_once(grid):
     assert grid(2048, 2048, 0, True, 128)[:3] == (132, 0, 0)
     assert grid(90, 9000, -1, True, 64)[1:3] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
     for seqlen, head_dim in itertools.product((100, 640, 1500, 4096, 20000), (64, 256)):
-        ctas, rotates, finishes, _, spreads, _ = grid(seqlen, seqlen, -1, True, head_dim)
+        ctas, rotates, finishes, _, spreads, *_ = grid(seqlen, seqlen, -1, True, head_dim)
         tiles = -(-seqlen // (128 if head_dim <= 128 else 64))
         assert not rotates or (ctas % tiles == 0 and spreads)
         assert rotates or not finishes
@@ -81,9 +94,9 @@ def test_long_calls_of_wide_heads_have_tall_query_tiles(grid):
     assert grid(1024, 1024, -1, False, 128)[5] == grid(512, 513, 0, True, 128)[5] == 1
     assert grid(1024, 1024, -1, False, 64)[5] == grid(1024, 1024, -1, False, 256)[5] == 0
     assert grid(512, 512, 0, False, 128)[5] == grid(511, 4096, -1, False, 128)[5] == 0
-    assert grid(1024, 1024, -1, True, 128)[2::3] == (0, 1)
-    assert grid(768, 768, -1, True, 128)[2::3] == (1, 0)  # dq is finished by the other kernel
-    assert grid(1024, 1024, -1, True, 128, keep=230)[2::3] == (1, 0)
+    assert grid(1024, 1024, -1, True, 128)[2:6:3] == (0, 1)
+    assert grid(768, 768, -1, True, 128)[2:6:3] == (1, 0)  # dq is finished by the other kernel
+    assert grid(1024, 1024, -1, True, 128, keep=230)[2:6:3] == (1, 0)
     assert grid(1024, 1024, -1, False, 128, keep=230)[5] == 0  # dropout has no such kernel
 
 

@@ -17,8 +17,11 @@ def calls(device, dtype):
         yield *make_qkv(device, dtype, 1, 77, 101, heads=2, heads_k=1, head_dim=head_dim), {"causal": True} | dropout
     qkv = make_qkv(device, dtype, 2, 77, 141, heads=2, heads_k=1, head_dim=64)
     ranges = {"key_range": int32([[5, 99], [64, 64]], device), "query_range": int32([[0, 70], [3, 77]], device)}
-    yield *qkv, ranges  # the last key tile of a head writes dq
+    yield *qkv, ranges  # one of the CTAs of a head writes dq
     yield *make_qkv(device, dtype, 2, 133, 290, heads=2, heads_k=1, head_dim=128), dropout
+    for heads, seqlen, head_dim in ((70, 200, 64), (2, 300, 128)):  # sums of dQ go from CTA to CTA, of several heads
+        yield *make_qkv(device, dtype, 1, seqlen, seqlen, heads=heads, head_dim=head_dim), {}
+    yield *make_qkv(device, dtype, 1, 530, 520, heads=2, head_dim=64), {"deterministic": True}  # key tiles take turns
     for head_dim in (64, 128, 192):  # several key tiles, the first of which may store; in either order
         qkv_tiles = make_qkv(device, dtype, 1, 150, 290, heads=2, heads_k=1, head_dim=head_dim)
         for deterministic in (False, True):

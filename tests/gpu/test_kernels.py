@@ -246,16 +246,22 @@ def test_turns_at_tall_query_tiles(ranges):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("causal", [True, False])  # not: short calls whose last turn writes dq
+@pytest.mark.parametrize("seqlen_k, options", [
+    (130, {"causal": True, "deterministic": True}),
+    (130, {}),  # sums of dQ from CTA to CTA
+    (600, {"deterministic": True}),  # the last turn writes dq
+    (513, {"key_range": [[0, 32], [129, 150]]}),  # a conversion that starts while one addition ends
+])  # fmt: skip
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_cuda_graph(dropout_p, head_dim, causal):
+def test_cuda_graph(dropout_p, head_dim, seqlen_k, options):
     """Captured forward and backward replay on new inputs; replays draw new dropout masks from the generator."""
     shape = {"heads": 4, "heads_k": 2, "head_dim": head_dim}
-    leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 2, 100, 130, **shape)]
+    leaves = [t.requires_grad_() for t in make_qkv("cuda", torch.float16, 2, 100, seqlen_k, **shape)]
+    options = {name: int32(x, "cuda") if isinstance(x, list) else x for name, x in options.items()}
 
     def step():
-        out = flash_attention(*leaves, causal=causal, dropout_p=dropout_p, deterministic=True)
+        out = flash_attention(*leaves, dropout_p=dropout_p, **options)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     side = torch.cuda.Stream()
@@ -268,7 +274,7 @@ def test_cuda_graph(dropout_p, head_dim, causal):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for old, new in zip(leaves, make_qkv("cuda", torch.float16, 2, 100, 130, **shape, seed=5), strict=True):
+        for old, new in zip(leaves, make_qkv("cuda", torch.float16, 2, 100, seqlen_k, **shape, seed=5), strict=True):
             old.copy_(new)
     graph.replay()
     first = [t.clone() for t in captured]
