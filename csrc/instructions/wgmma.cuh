@@ -21,6 +21,8 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from reading or moving a register that a wgmma in flight writes.
 __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+// What it holds does not count any more: a product that may add to it, but will not, need not keep it till then.
+__device__ __forceinline__ void wgmma_forget(float& x) { asm volatile("" : "=f"(x)); }
 
 // Operand names of the accumulators, and their constraints, in groups of eight.
 #define HF_FLASH_D0 "%0,%1,%2,%3,%4,%5,%6,%7"

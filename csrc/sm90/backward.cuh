@@ -42,7 +42,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   };
 
   bool adds = false;  // dQ of the step before to what dq's registers hold
-  if (kRelays) state.dq.forget();
+  if (kRelays) wgmma_forget(state.dq);
   for (;; ++step) {
     step = uniform(step);
     state.publish_ds(step);

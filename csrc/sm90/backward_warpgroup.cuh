@@ -158,7 +158,7 @@ struct BackwardWarpgroup {
   // whether any came.
   __device__ __forceinline__ bool take_sums(uint32_t step) {
     const bool adds = shared.step(step).route.adds();
-    dq.forget();
+    wgmma_forget(dq);
     shared.sums(warpgroup).wait_full(step);
     if (adds) {
       const uint32_t place = dq_place(lane_of_dq());

@@ -21,10 +21,6 @@ struct Accumulator {
   __device__ void clear() {
     for_each([](float& value, int, int) { value = 0.0f; });
   }
-  // The values do not count any more, as far as the compiler goes.
-  __device__ void forget() {
-    for_each([](float& value, int, int) { asm volatile("" : "=f"(value)); });
-  }
 
   // f(value, row, col), row and col counted from the tile's corner.
   template <class F>

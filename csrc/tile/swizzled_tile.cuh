@@ -50,6 +50,11 @@ __device__ __forceinline__ void wgmma_settle(Accumulator<16, COLS>& c) {
 #pragma unroll
   for (int i = 0; i < COLS / 2; ++i) wgmma_settle(wgmma_registers(c)[i]);
 }
+template <int COLS>
+__device__ __forceinline__ void wgmma_forget(Accumulator<16, COLS>& c) {
+#pragma unroll
+  for (int i = 0; i < COLS / 2; ++i) wgmma_forget(wgmma_registers(c)[i]);
+}
 
 // c = A B^T (+ c): A's tile from row 0 of descriptor a on, B's tile has c's columns as rows; DEPTH columns of both.
 template <class T, int DEPTH, class TileA, class TileB, int COLS>
