@@ -1,6 +1,6 @@
 // The backward's last pass: dQ from the float32 accumulator's fragment order to rows of q's dtype.
 #include "instructions/dependent_launch.cuh"
-#include "portable/cuda_call.h"
+#include "portable/launch.h"
 #include "portable/portable.h"
 #include "tile/store.cuh"
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "portable/cuda_call.h"
+#include "portable/launch.h"
 #include "portable/portable.h"
 #include "sm90/backward_grid.h"
 #include "sm90/backward_layout.cuh"

@@ -1,4 +1,4 @@
-"""csrc/portable/cuda_call.h beside a CUDA runtime that counts: what is asked once a device, and what again."""
+"""csrc/portable/cuda_call.h and launch.h beside a CUDA runtime that counts: what is asked once a device, what again."""
 
 import os
 import shutil
@@ -24,6 +24,39 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return ++permits, status; }
+
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  explicit dim3(unsigned x) : x(x) {}
+};
+using cudaStream_t = void*;
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeClusterDimension
+};
+struct cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed, cooperative;
+  struct { unsigned x, y, z; } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  unsigned long dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+inline int clusters = 0;
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* value, Kernel*, const cudaLaunchConfig_t* config) {
+  const auto size = static_cast<int>(config->attrs[config->numAttrs - 1].val.clusterDim.x);
+  return ++questions, *value = clusters / size, status;
+}
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*kernel)()) { return kernel(), status; }
 """
 
 PROGRAM = """#include "portable/cuda_call.h"
@@ -59,12 +92,59 @@ int main() {
 """
 
 
-@pytest.mark.skipif(not CSRC.is_dir() or shutil.which(CXX) is None, reason="needs csrc/ and a C++ compiler")
-def test_each_device_is_asked_once(tmp_path):
-    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    flags = ["-std=c++17", "-Wall", "-Werror", f"-I{tmp_path}", f"-I{CSRC}"]
-    subprocess.run([CXX, *flags, tmp_path / "main.cpp", "-o", tmp_path / "main"], check=True)
-    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+CLUSTERS = """#include "portable/launch.h"
+#include <cstdio>
+using namespace hf_flash;
+int launches = 0;
+void kernel() { ++launches; }
+#define EXPECT(x) if (!(x)) return std::printf("line %d: %s\\n", __LINE__, #x), 1
+int main() {
+  ResidentClusters<4> resident;
+  const auto ask = [&](int size) {
+    AttributedLaunch launch(132, 384, 0, nullptr);
+    launch.make_clusters(size);
+    return resident.ask(kernel, size, launch.config());
+  };
+  bool raised = false;
+  try { ask(4); } catch (const std::runtime_error& e) { raised = true, std::puts(e.what()); }
+  EXPECT(raised);
+  clusters = 132;
+  for (int round = 0; round < 3; ++round) {
+    for (device = 0; device < 2; ++device) EXPECT(ask(2) == 66 && ask(4) == 33);
+  }
+  EXPECT(questions == 5);  // what found no room is asked again
+  AttributedLaunch early(1, 32, 0, nullptr);
+  early.start_early();  // the device says 1000
+  EXPECT(early.config().numAttrs == 0);
+  early.make_cooperative();
+  EXPECT(early.config().numAttrs == 1 && early.config().attrs == &early.config().attrs[0]);
+  early("kernel", kernel);
+  EXPECT(launches == 1);
+  status = cudaErrorInvalidValue, raised = false;
+  try { early("kernel", kernel); } catch (const std::runtime_error& e) { raised = true, std::puts(e.what()); }
+  EXPECT(raised);
+}
+"""
+
+
+def said_by(program, folder) -> str:
+    (folder / "cuda_runtime.h").write_text(RUNTIME)
+    (folder / "main.cpp").write_text(program)
+    flags = ["-std=c++17", "-Wall", "-Werror", f"-I{folder}", f"-I{CSRC}"]
+    subprocess.run([CXX, *flags, folder / "main.cpp", "-o", folder / "main"], check=True)
+    done = subprocess.run([folder / "main"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "hf_flash: cudaFuncSetAttribute: said by CUDA" in done.stdout
+    return done.stdout
+
+
+pytestmark = pytest.mark.skipif(not CSRC.is_dir() or shutil.which(CXX) is None, reason="needs csrc/ and a C++ compiler")
+
+
+def test_each_device_is_asked_once(tmp_path):
+    assert "hf_flash: cudaFuncSetAttribute: said by CUDA" in said_by(PROGRAM, tmp_path)
+
+
+def test_clusters_are_counted_once_a_size(tmp_path):
+    said = said_by(CLUSTERS, tmp_path)
+    assert "hf_flash: this device has no room for a cluster of 4 CTAs" in said
+    assert "hf_flash: kernel: said by CUDA" in said
