@@ -89,6 +89,7 @@ struct AttentionParams {
   bool deterministic = false;
 
   bool packed() const { return cu_seqlens_q != nullptr; }
+  bool ragged() const { return packed() || key_range != nullptr; }  // sequences may differ in their keys
   bool drops() const { return dropout_keep < 256; }
   // More than scale * q.k in a score. A scale that is not positive counts: such scores are scaled before anything is
   // hidden or compared.

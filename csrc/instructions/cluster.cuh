@@ -5,13 +5,6 @@
 
 namespace hf_flash {
 
-// This CTA's number in its cluster.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // The place in another CTA's shared memory that an address of the own one stands for.
 __device__ __forceinline__ uint32_t shared_address_of(uint32_t address, uint32_t rank) {
   uint32_t y;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "attention/platform.h"
 #include "params.h"
 #include "sm90/config.h"
 
@@ -42,7 +41,7 @@ struct BackwardGrid {
     tall = tall_pays && !finishes_dq;
   }
 
-  HF_FLASH_HOST_DEVICE bool relays() const { return cluster > 0; }
+  bool relays() const { return cluster > 0; }
 
  private:
   // With fewer query tiles than key tiles, CTAs would wait for each other.
@@ -54,8 +53,7 @@ struct BackwardGrid {
     return p.seqlen_k <= kFinishedKeys && has_query_tiles(p, tiles);
   }
   static bool relay_pays(const AttentionParams& p, int head_dim, int tiles) {
-    const bool ragged = p.packed() || p.key_range != nullptr;
-    return tiles > 1 && p.seqlen_k <= relayed_keys(head_dim, p.drops(), ragged) && has_query_tiles(p, tiles) &&
+    return tiles > 1 && p.seqlen_k <= relayed_keys(head_dim, p.drops(), p.ragged()) && has_query_tiles(p, tiles) &&
            !p.has_extras();
   }
 };

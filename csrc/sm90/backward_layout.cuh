@@ -360,7 +360,7 @@ struct BackwardMaps {
 // keys. In a fixed order of the additions CTAs that share one wait for each other: fewer do.
 inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, const BackwardGrid& grid) {
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
-  schedule.listed = (p.packed() || p.key_range != nullptr) && !grid.rotates && !grid.relays();
+  schedule.listed = p.ragged() && !grid.rotates && !grid.relays();
   if (grid.relays()) schedule.side = grid.cluster;
   if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
     schedule.by_tile = schedule.first_is_longest = true;

@@ -70,9 +70,9 @@ constexpr int kFinishedKeys = 512;
 
 // Up to so many keys, of two tiles at least, without extra terms, a cluster's CTAs hand the sums of dQ on instead, and
 // no float32 of dQ sees global memory. All calls with their row sums, S 256 / 384 / 512: D 64 +25, 4, 3 %, dropout +6,
-// -3, -4 %; D 128 +20, 10, 7 %. A tile moves 32 KB a step through the network between the SMs, at S 1024 as long as
-// the step itself takes: -9 %. Ragged sequences leave CTAs of a cluster idle: 256 +2 to +5, 384 and 512 -4 to -7 %. D
-// 128 with dropout gains 16, 6 and 1 % but spills.
+// -3, -4 %; D 128 +20, 10, 7 %. At S 1024 they lose 6 %; that the network between the SMs, through which a step moves
+// 32 KB, is what binds then is a guess. Ragged sequences leave CTAs of a cluster idle: 256 +2 to +5, 384 and 512 -4 to
+// -7 %. D 128 with dropout gains 16, 6 and 1 % but spills.
 constexpr int kMaxCluster = 4;
 constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
   if (head_dim > 128 || (head_dim > 64 && dropout)) return 0;
