@@ -63,14 +63,14 @@ struct PersistentSchedule {
     int tile, head, batch;  // tile = -1: there is no more; tile >= tiles: nothing in this round
   };
 
-  // This CTA's work of a round.
-  __device__ Work work(int round) const {
-    const int own = blockIdx.x % side;
-    const int cta = round % 2 ? gridDim.x - side - (blockIdx.x - own) + own : blockIdx.x;
+  // This CTA's work of a round. team: so many neighbouring CTAs share it, and count as one.
+  __device__ Work work(int round, int team = 1) const {
+    const int number = blockIdx.x / team, ctas = gridDim.x / team, own = number % side;
+    const int cta = round % 2 ? ctas - side - (number - own) + own : number;
     const int batch = planes / heads;
     int tile, plane;
     if (section == 0) {
-      const uint32_t index = round * gridDim.x + cta;
+      const uint32_t index = round * ctas + cta;
       plane = index / tiles;
       tile = index % tiles;
       if (plane >= planes) return {-1, 0, 0};
@@ -82,7 +82,7 @@ struct PersistentSchedule {
     } else {
       const int first = round / rounds * section;
       if (first >= planes) return {-1, 0, 0};
-      const int index = round % rounds * gridDim.x + cta, width = min(section, planes - first);
+      const int index = round % rounds * ctas + cta, width = min(section, planes - first);
       plane = first + index % width;
       const int rank = index / width;
       tile = rank >= tiles || first_is_longest ? rank : tiles - 1 - rank;
@@ -103,9 +103,9 @@ struct PersistentSchedule {
 
   // The same where tiles are listed, by a warp, round after round. spans(b): the tiles of sequence b.
   template <class SpansOf>
-  __device__ Work listed_work(int round, ListWalk& walk, SpansOf spans) const {
-    const int cta = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int batch = planes / heads, lane = threadIdx.x % 32, place = round * gridDim.x + cta;
+  __device__ Work listed_work(int round, ListWalk& walk, SpansOf spans, int team = 1) const {
+    const int number = blockIdx.x / team, ctas = gridDim.x / team, cta = round % 2 ? ctas - 1 - number : number;
+    const int batch = planes / heads, lane = threadIdx.x % 32, place = round * ctas + cta;
     for (; walk.first < batch; walk.first += 32) {
       const int b = walk.first + lane;
       const Span own = b < batch ? spans(b) : Span{0, 0};

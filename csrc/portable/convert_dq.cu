@@ -28,7 +28,6 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t row = block * kRows + item / column_groups * 16;
     const int32_t column = item % column_groups * 32;
     if (row >= sequence.len_q) return;
-    const float* rows = accumulator.rows(sequence, b, head, row);
     const bool has_sums = accumulator.has_sums(sequence, b, head, row);
     // This lane's pairs of columns 8 n + 2 t of rows `group` and group + 8.
     uint32_t upper[4], lower[4];
@@ -43,6 +42,7 @@ __global__ void __launch_bounds__(kThreads)
       second = pack<T>(x[2], x[3]);
     };
     if constexpr (Accumulator::kTransposed) {
+      const float* rows = accumulator.rows(sequence, b, head, row);
 #pragma unroll
       for (int n = 0; n < 4; n += 2) {
         const auto load_transposed = [&](uint32_t (&x)[4], int32_t unit) {
@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kThreads)
         load_transposed(lower, 1);
       }
     } else {
+      const float* first = accumulator.block(sequence, b, head, row, column);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) load_pairs(upper[n], lower[n], rows + Accumulator::element(column / 8 + n, lane, 0));
+      for (int n = 0; n < 4; ++n) load_pairs(upper[n], lower[n], first + Accumulator::element(n, lane, 0));
     }
     transpose_quad(upper, t);
     transpose_quad(lower, t);
@@ -89,6 +90,7 @@ void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float 
 }
 
 template void convert_dq(const AttentionParams&, const DqAccumulator&, float, cudaStream_t);
+template void convert_dq(const AttentionParams&, const SlicedDqAccumulator&, float, cudaStream_t);
 template void convert_dq(const AttentionParams&, const TallDqAccumulator&, float, cudaStream_t);
 
 }  // namespace hf_flash::portable

@@ -11,8 +11,9 @@
 
 namespace hf_flash {
 
-// TILE_ROWS: of the passes before and after.
-template <int TILE_ROWS>
+// TILE_ROWS: of the passes before and after. SLICED: 32 columns of all rows of a unit lie side by side, so that a slice
+// of columns is one piece.
+template <int TILE_ROWS, bool SLICED = false>
 struct DqAccumulatorOf {
   static constexpr int kTileRows = TILE_ROWS;
   // No product has 80 rows of dQ: those of such tiles are summed transposed, 8 rows a unit.
@@ -72,6 +73,14 @@ struct DqAccumulatorOf {
     return data + (unit(sequence, b, head, row) * kUnitRows + row % kUnitRows) * columns;
   }
 
+  // The 16 rows and 32 columns from `row` and `column` on, four blocks of 8 columns side by side. Not transposed.
+  HF_FLASH_HOST_DEVICE float* block(const Sequence& sequence, int32_t b, int32_t head, int32_t row,
+                                    int32_t column) const {
+    if constexpr (!SLICED) return rows(sequence, b, head, row) + 16 * column;
+    const int32_t in_unit = row % kUnitRows;
+    return rows(sequence, b, head, row - in_unit) + kUnitRows * column + 32 * in_unit;
+  }
+
   // How many key tiles have added to the query tile from `row` on; or how many have come, plus kStored once the first
   // one's sums are there.
   HF_FLASH_HOST_DEVICE int32_t* counter(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
@@ -103,6 +112,7 @@ struct DqAccumulatorOf {
 };
 
 using DqAccumulator = DqAccumulatorOf<64>;
+using SlicedDqAccumulator = DqAccumulatorOf<64, true>;
 using TallDqAccumulator = DqAccumulatorOf<80>;
 
 }  // namespace hf_flash

@@ -92,6 +92,7 @@ void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStrea
 }
 
 template void row_sum(const AttentionParams&, const DqAccumulator&, cudaStream_t);
+template void row_sum(const AttentionParams&, const SlicedDqAccumulator&, cudaStream_t);
 template void row_sum(const AttentionParams&, const TallDqAccumulator&, cudaStream_t);
 
 }  // namespace hf_flash::portable

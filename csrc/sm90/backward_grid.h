@@ -11,6 +11,7 @@ namespace hf_flash::sm90 {
 
 struct BackwardGrid {
   int ctas;  // at once, each for one piece of work after the other
+  int team;  // so many CTAs of a cluster share a piece of work, whose keys are those of all
   // Where all key tiles of a head see the same queries, or there is one alone, all of them start in the same round,
   // each at a query tile of its own, and take turns at dQ with next to no waiting.
   bool rotates;
@@ -24,8 +25,9 @@ struct BackwardGrid {
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
-    const int keys = backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
-    ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors}));
+    team = pairs_ctas(head_dim, p.drops(), p.has_extras()) ? 2 : 1;
+    const int keys = team * backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
+    ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors / team}));
     const bool all_see_all = tiles == 1 || (p.window_left < 0 && p.window_right < 0);
     cluster = all_see_all && relay_pays(p, head_dim, tiles) ? tiles : 0;
     // Not if whole heads left more than a third of the SMs idle.
@@ -39,6 +41,7 @@ struct BackwardGrid {
     stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
     tall = tall_pays && !finishes_dq;
+    ctas *= team;
   }
 
   bool relays() const { return cluster > 0; }

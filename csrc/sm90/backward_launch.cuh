@@ -16,18 +16,21 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const typename Tr
                      const BackwardGrid& grid, cudaStream_t stream) {
   static SharedMemoryPermit permit;
   permit.ask(kernel, BackwardShared<Traits>::kBytes);
-  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, multiprocessor_count(), grid);
+  if (grid.ctas == 0) return;
+  AttributedLaunch launch(grid.ctas, Traits::kThreads, BackwardShared<Traits>::kBytes, stream);
+  int teams = multiprocessor_count();
+  if constexpr (Traits::kRelays || Traits::kTeam > 1) {
+    static ResidentClusters<kMaxCluster> resident;
+    const int size = Traits::kRelays ? grid.cluster : Traits::kTeam;
+    launch.make_clusters(size);
+    const int clusters = resident.ask(kernel, size, launch.config());
+    launch.config().gridDim.x = std::min(grid.ctas, size * clusters);
+    if (!Traits::kRelays) teams = clusters;
+  }
+  const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, teams, grid);
   if (schedule.works() > INT32_MAX - (1 << 20))
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
-  if (schedule.works() == 0) return;
   const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
-  AttributedLaunch launch(grid.ctas, Traits::kThreads, BackwardShared<Traits>::kBytes, stream);
-  if constexpr (Traits::kRelays) {
-    static ResidentClusters<kMaxCluster> resident;
-    launch.make_clusters(grid.cluster);
-    const int clusters = resident.ask(kernel, grid.cluster, launch.config());
-    launch.config().gridDim.x = std::min(grid.ctas, grid.cluster * clusters);
-  }
   if (accumulator.ordered && schedule.tiles > 1) {
     launch.make_cooperative();  // who waits for turns needs the others to be there
   } else if (portable::stay_cached(p) && p.seqlen_q > 0) {

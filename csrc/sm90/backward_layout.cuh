@@ -161,6 +161,7 @@ struct BackwardTraits {
   static constexpr int kDqColumns = kTall ? kQueries : kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
   using DqSums = DqAccumulatorOf<kTall ? kQueries : 64>;
   static constexpr bool kRelays = RELAYS;  // sums of dQ go from CTA to CTA
+  static constexpr int kTeam = 1;
   using Walk = std::conditional_t<kRelays, RelayWalk<kQueries>, StepWalk<kQueries>>;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;

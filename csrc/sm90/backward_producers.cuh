@@ -28,11 +28,12 @@ template <class Traits>
 __device__ __forceinline__ void store_zeros_beside_list(const AttentionParams& p, const PersistentSchedule& schedule) {
   PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
-    PersistentSchedule::Work work = schedule.listed_work(round, walk, [&](int b) {
+    const auto unseen_tiles = [&](int b) {
       const Sequence sequence(p, b);
       const int tiles = (sequence.len_k + Traits::kKeys - 1) / Traits::kKeys;
       return PersistentSchedule::Span{0, tiles - seen_tiles<Traits>(sequence).count};
-    });
+    };
+    PersistentSchedule::Work work = schedule.listed_work(round, walk, unseen_tiles, Traits::kTeam);
     if (work.tile < 0) return;
     const Sequence sequence(p, work.batch);
     const PersistentSchedule::Span seen = seen_tiles<Traits>(sequence);
@@ -48,7 +49,8 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
   PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
     const auto spans = [&](int b) { return seen_tiles<Traits>(Sequence(p, b)); };
-    PersistentSchedule::Work work = schedule.listed ? schedule.listed_work(round, walk, spans) : schedule.work(round);
+    PersistentSchedule::Work work =
+        schedule.listed ? schedule.listed_work(round, walk, spans, Traits::kTeam) : schedule.work(round, Traits::kTeam);
     const bool last = work.tile < 0;
     const Sequence sequence(p, last ? 0 : work.batch);
     if (!last && work.tile * Traits::kKeys >= sequence.len_k) continue;

@@ -63,6 +63,10 @@ constexpr SmallTiles small_tiles(bool dropout, bool extras) {
 // Keys of a CTA of the backward: the accumulators of dK and dV fill the registers of two warpgroups.
 constexpr int backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
+// Do two CTAs share the keys of both? Over head dimension 128 the additions to dQ bind, as many bytes for 64 keys as
+// for 128. PAIRED_FIGURES
+constexpr bool pairs_ctas(int head_dim, bool dropout, bool extras) { return head_dim > 128 && !dropout && !extras; }
+
 // The backward's key tiles take turns at dQ and the last writes dq (backward_grid.h) up to so many keys. It saves the
 // zeroing and the conversion of an accumulator, whose share falls with the length, and costs idle SMs and waiting: D
 // 64, S 128 +63 %, 256 +35 %, 512 +5 %, 1024 -5 %.

@@ -133,7 +133,7 @@ struct ForwardShared {
   }
 };
 
-// What dropout keeps of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
+// What dropout drops of one tile of a warp, two 16 x 16 blocks side by side a draw: as masks of packed pairs, or beside
 // every extra term, to save registers, as the words that the masks are made from.
 template <class Traits>
 struct DropoutTile {
@@ -161,23 +161,24 @@ struct DropoutTile {
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         if constexpr (kMasks) {
-          probabilities.x[0][block][x] &= mask[block][x];
+          probabilities.x[0][block][x] &= ~mask[block][x];
         } else {
-          probabilities.x[0][block][x] &= made[x];
+          probabilities.x[0][block][x] &= ~made[x];
         }
       }
     }
   }
 
  private:
-  // As FragmentDropout::masks, from four bytes compared at once: two instructions less a block, a register more.
+  // As FragmentDropout::masks, but 0xFFFF where dropped, from four bytes compared at once: two instructions less a
+  // block, a register more.
   __device__ static __forceinline__ void make_masks(uint32_t (&made)[4], const FragmentDropout<false>& dropout,
                                                     const DropoutWords& words, int block) {
     const uint2 dropped = dropout.dropped(words, block);
-    made[0] = copy_signs<0xCC88>(~dropped.x, ~dropped.y);
-    made[1] = copy_signs<0xEEAA>(~dropped.x, ~dropped.y);
-    made[2] = copy_signs<0xDD99>(~dropped.x, ~dropped.y);
-    made[3] = copy_signs<0xFFBB>(~dropped.x, ~dropped.y);
+    made[0] = copy_signs<0xCC88>(dropped.x, dropped.y);
+    made[1] = copy_signs<0xEEAA>(dropped.x, dropped.y);
+    made[2] = copy_signs<0xDD99>(dropped.x, dropped.y);
+    made[3] = copy_signs<0xFFBB>(dropped.x, dropped.y);
   }
 };
 

@@ -11,6 +11,7 @@
 #include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/gradient_terms.cuh"
+#include "sm90/paired_backward.cuh"
 #include "sm90/wide_backward_producers.cuh"
 #include "tile/store.cuh"
 
@@ -25,6 +26,8 @@ struct WideWarpgroup {
   using Gradient = ScoreGradient<T, Traits::kDropout, Traits::kExtras>;
   static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim;
   static constexpr bool kOwnsDv = ROLE == Role::kDv;
+  using Slices = typename Traits::Slices;
+  static constexpr int kWarpgroup = kOwnsDv ? 0 : 1;
 
   const AttentionParams& p;
   const BackwardShared<Traits>& shared;
@@ -33,8 +36,8 @@ struct WideWarpgroup {
   Accumulator<16, kQueries> scores;  // S or dP
   Accumulator<16, kHeadDim> sum;     // dV or dK
   // Slices of dQ. Registers of one accumulator for both would be serialised where their widths differ.
-  Accumulator<16, Traits::slice_columns(0)> dq0;
-  Accumulator<16, Traits::slice_columns(1)> dq1;
+  Accumulator<16, Slices::columns(0)> dq0;
+  Accumulator<16, Slices::columns(1)> dq1;
   OperandA<16, kQueries> operand;  // P or dS
 
   __device__ WideWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared)
@@ -69,7 +72,7 @@ struct WideWarpgroup {
   template <int SLICE>
   __device__ __forceinline__ void start_dq(uint32_t step) {
     using ByKey = typename Traits::ScoreColumns;
-    constexpr int kColumn = Traits::slice_column(ROLE, SLICE), kColumns = Traits::slice_columns(SLICE);
+    constexpr int kColumn = Slices::first_column(kWarpgroup, SLICE), kColumns = Slices::columns(SLICE);
     static_assert(kColumn % 64 + kColumns <= 64 && kColumn + kColumns <= kHeadDim);
     const uint32_t a = ByKey::descriptor(shared.ds_tile(step));
     const uint32_t b = KeyTile::descriptor(shared.k_tile() + kColumn / 64 * KeyTile::kBlockBytes + 2 * (kColumn % 64));
@@ -186,19 +189,19 @@ struct WideWarpgroup {
   // Lays a slice of dQ out as the accumulator has it; a warp of the producers adds it.
   template <int SLICE>
   __device__ __forceinline__ void hand_over_dq(uint32_t step) {
-    constexpr int kColumns = Traits::slice_columns(SLICE);
-    const uint32_t place = Traits::kSlices * step + SLICE;
+    constexpr int kColumns = Slices::columns(SLICE);
+    const uint32_t place = Slices::kCount * step + SLICE;
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
-    const uint32_t rows = shared.dq_tile(ROLE) + 4 * (warp * 16 * kColumns + DqAccumulator::element(0, lane, 0));
-    shared.dq(ROLE).wait_empty(place);
+    const uint32_t rows = shared.dq_tile(kWarpgroup, place) + 4 * (32 * 16 * warp + DqAccumulator::element(0, lane, 0));
+    shared.dq(kWarpgroup).wait_empty(place);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
       const float (&x)[4] = slice<SLICE>().x[0][n];
       store_shared_16_bytes(
-          rows + 4 * DqAccumulator::element(n, 0, 0),
+          rows + 4 * (n / 4 * 32 * kQueries + DqAccumulator::element(n % 4, 0, 0)),
           uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
     }
-    shared.dq(ROLE).release_full(place);
+    shared.dq(kWarpgroup).release_full(place);
   }
   // The step's slices one after the other, nothing else under way.
   __device__ __forceinline__ void finish_dq(uint32_t step) {
@@ -292,15 +295,16 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
     shared.k.release(n);
     state.store(shared.plan(n));  // which stays until the next K is released too
   }
-  const uint32_t place = Traits::kSlices * step;
-  shared.dq(ROLE).wait_empty(place);
-  shared.dq(ROLE).release_full(place);  // tells that the stream has ended
+  const uint32_t place = Traits::Slices::kCount * step;
+  const auto dq = shared.dq(kOwnsDv ? 0 : 1);
+  dq.wait_empty(place);
+  dq.release_full(place);  // tells that the stream has ended
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
-                         const __grid_constant__ DqAccumulator accumulator,
+                         const __grid_constant__ SlicedDqAccumulator accumulator,
                          const __grid_constant__ PersistentSchedule schedule,
                          const __grid_constant__ BackwardGrid grid) {
   extern __shared__ __align__(1024) char shared_memory[];
@@ -332,13 +336,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_wide_backward(const AttentionParams& p, cudaStream_t stream) {
-  using Traits = WideTraits<T, HEAD_DIM, DROPOUT, TERMS != Terms::kNone>;
-  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  const DqAccumulator accumulator(p, p.workspace, HEAD_DIM);
-  portable::row_sum(p, accumulator, stream);
-  launch_backward<Traits>(wide_backward_kernel<Traits>, p, accumulator, grid, stream);
-  portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
-  if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+  if constexpr (pairs_ctas(HEAD_DIM, DROPOUT, TERMS != Terms::kNone)) {
+    run_paired_backward<T, HEAD_DIM>(p, stream);
+  } else {
+    using Traits = WideTraits<T, HEAD_DIM, DROPOUT, TERMS != Terms::kNone>;
+    const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
+    const SlicedDqAccumulator accumulator(p, p.workspace, HEAD_DIM);
+    portable::row_sum(p, accumulator, stream);
+    launch_backward<Traits>(wide_backward_kernel<Traits>, p, accumulator, grid, stream);
+    portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
+    if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+  }
 }
 
 }  // namespace hf_flash::sm90

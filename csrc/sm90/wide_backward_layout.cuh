@@ -6,8 +6,21 @@
 
 namespace hf_flash::sm90 {
 
-// The two consumer warpgroups. dK and dV of 64 keys fill the registers of both: each warpgroup owns one of them.
+// The two consumer warpgroups. dK and dV of 64 keys fill the registers of both: each warpgroup owns one of them. Or two
+// CTAs, of 128 keys (paired_backward.cuh).
 enum class Role { kDv, kDk };
+
+// dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and a
+// slice never straddles a block of 64 columns of K.
+template <int HEAD_DIM>
+struct DqSlices {
+  static constexpr int kCount = 2;  // a warpgroup
+  __host__ __device__ static constexpr int columns(int slice) { return HEAD_DIM == 256 || slice == 0 ? 64 : 32; }
+  __host__ __device__ static constexpr int first_column(int warpgroup, int slice) {
+    const int lower = 64 * slice, upper = slice == 0 ? HEAD_DIM - 64 : HEAD_DIM / 2;
+    return warpgroup == 0 ? lower : upper;
+  }
+};
 
 template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
 struct WideTraits {
@@ -24,19 +37,13 @@ struct WideTraits {
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
   using ScoreTile = SwizzledTile<kQueries, kKeys>;     // of the bias or the softcap's slopes
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS
-  using DqSums = DqAccumulator;
+  using DqSums = SlicedDqAccumulator;
   static constexpr bool kRelays = false;
+  static constexpr int kTeam = 1;
   using Walk = StepWalk<kQueries>;
 
-  // dQ of a tile leaves in four slices of 64 or 32 columns, two by each warpgroup: 32 registers are left for them, and
-  // a slice never straddles a block of 64 columns of K.
-  static constexpr int kSlices = 2;
   static constexpr int kSliceBytes = kQueries * 64 * static_cast<int>(sizeof(float));
-  __host__ __device__ static constexpr int slice_columns(int slice) { return HEAD_DIM == 256 || slice == 0 ? 64 : 32; }
-  __host__ __device__ static constexpr int slice_column(Role role, int slice) {
-    const int lower = 64 * slice, upper = slice == 0 ? HEAD_DIM - 64 : HEAD_DIM / 2;
-    return role == Role::kDv ? lower : upper;
-  }
+  using Slices = DqSlices<HEAD_DIM>;
 
   // Shared memory: K and V of a piece of work, Q of two steps, dO of one or two (both warpgroups read it at about the
   // same time), dS of three (dQ of a step leaves only after dS of the step after next is written), P on its way from
@@ -80,8 +87,9 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   Pair steps;  // Q, lse and row sums of a step arrive together
   Douts dout;
   Scores ds;
-  Single probabilities, bias, dv_dq, dk_dq;
-  uint32_t landed;  // barrier of tiles that the producer must clean before anybody reads them
+  Single probabilities, bias;
+  uint32_t first_dq;  // barriers, of each warpgroup's slices
+  uint32_t landed;    // barrier of tiles that the producer must clean before anybody reads them
 
   __device__ explicit BackwardShared(char* memory)
       : memory(memory),
@@ -94,9 +102,8 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
         ds(dout.barriers + Douts::kBytes),
         probabilities(ds.barriers + Scores::kBytes),
         bias(probabilities.barriers + Single::kBytes),
-        dv_dq(bias.barriers + Single::kBytes),
-        dk_dq(dv_dq.barriers + Single::kBytes),
-        landed(dk_dq.barriers + Single::kBytes) {}
+        first_dq(bias.barriers + Single::kBytes),
+        landed(first_dq + 2 * Single::kBytes) {}
 
   __device__ void init() const {
     planned.init(1, kWarpThreads);  // each lane has written a part of the plan
@@ -108,8 +115,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
     ds.init(warps(Traits::kWarps), warps(Traits::kGroupWarps));
     probabilities.init(warps(Traits::kGroupWarps), warps(Traits::kGroupWarps));
     bias.init(warps(Traits::kGroupWarps));
-    dv_dq.init(1, warps(Traits::kGroupWarps));
-    dk_dq.init(1, warps(Traits::kGroupWarps));
+    for (int w = 0; w < 2; ++w) dq(w).init(1, warps(Traits::kGroupWarps));
     mbarrier_init(landed, 1);
   }
   __device__ BackwardPlan& plan(uint32_t n) const {
@@ -136,11 +142,11 @@ struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
   __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { probabilities.wait_empty(step); }
   // P as pairs: a thread reads 16 bytes for each 16 queries where the same thread of the other warpgroup wrote them.
   __device__ uint32_t probability_tile() const { return base + Traits::kProbabilities; }
-  // A slice of dQ as the accumulator has it, blocks of 16 rows one after the other. Its place: 2 * step + slice.
-  __device__ uint32_t dq_tile(Role role) const {
-    return base + Traits::kDq + (role == Role::kDk ? Traits::kSliceBytes : 0);
+  // A slice of dQ as the accumulator has it. Its place: 2 * step + slice.
+  __device__ uint32_t dq_tile(int warpgroup, uint32_t) const {
+    return base + Traits::kDq + warpgroup * Traits::kSliceBytes;
   }
-  __device__ Single dq(Role role) const { return role == Role::kDk ? dk_dq : dv_dq; }
+  __device__ Single dq(int warpgroup) const { return Single(first_dq + warpgroup * Single::kBytes); }
   __device__ BackwardStep& step(uint32_t step) const {
     return reinterpret_cast<BackwardStep*>(memory + Traits::kStep)[step % Traits::kSteps];
   }

@@ -80,61 +80,83 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
   }
 }
 
-// Adds the slices of dQ to the accumulator by TMA, those of either warpgroup as they come. In deterministic mode the
-// key tiles of a query tile take turns, for each warpgroup's columns apart. Nobody waits here for a turn: while one
-// warpgroup's slice is early the other's may be the one that another CTA waits for.
+// Adds the slices of dQ to the accumulator by TMA, those of either warpgroup as they come; the next one is started
+// while one is read. In deterministic mode the key tiles of a query tile take turns, for each warpgroup's columns
+// apart. Nobody waits here for a turn: while one warpgroup's slice is early the other's may be the one that another CTA
+// waits for. One thread has to keep up with all slices: four pieces of 4 KB each, read one after the other, had it
+// bind.
 template <class Traits>
-__device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const DqAccumulator& accumulator, bool rotates,
-                                              const BackwardShared<Traits>& shared) {
+__device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const SlicedDqAccumulator& accumulator,
+                                              bool rotates, const BackwardShared<Traits>& shared) {
+  using Slices = typename Traits::Slices;
   if (!elect_one()) return;
   wait_for_kernel_before();  // which zeroed the accumulator
   bool has_ended = false;
-  uint32_t place = 0, other_place = 0;  // slices so far
-  for (int other = 1;;) {               // the warpgroup that is not looked at
+  uint32_t place = 0, other_place = 0;           // slices so far of the warpgroup that is looked at, and of the other
+  float *rows = nullptr, *other_rows = nullptr;  // of their steps
+  // Of the slice that is under way: barrier of its place, and the counter of turns where it is the last of one.
+  uint32_t under_way = 0;
+  int32_t* ends_turn = nullptr;
+  const auto end_all_but = [&](auto newer) {  // its warpgroup goes on; plan and step may be over now
+    if (accumulator.ordered) {
+      bulk_wait<newer>();
+    } else {
+      bulk_wait_read<newer>();
+    }
+    if (under_way != 0) mbarrier_arrive(under_way);
+    under_way = 0;
+    if (ends_turn == nullptr) return;
+    fence_async_proxy_global();
+    add_release(ends_turn, 1);
+    ends_turn = nullptr;
+  };
+  using None = std::integral_constant<int, 0>;
+  using One = std::integral_constant<int, 1>;
+  for (int warpgroup = 1;;) {
+    warpgroup ^= 1;
     const uint32_t last_place = place;
     place = other_place;
     other_place = last_place;
-    other ^= 1;
-    const Role role = other == 0 ? Role::kDk : Role::kDv;
-    const auto ring = shared.dq(role);
-    if (!mbarrier_ends_now(ring.full(place), ring.parity(place))) continue;
-    const int slice = place % Traits::kSlices;
-    const BackwardStep& at = shared.step(place / Traits::kSlices);
+    float* const last_rows = rows;
+    rows = other_rows;
+    other_rows = last_rows;
+    const auto ring = shared.dq(warpgroup);
+    if (!mbarrier_ends_now(ring.full(place), ring.parity(place))) {
+      end_all_but(None());
+      continue;
+    }
+    const int slice = place % Slices::kCount;
+    const BackwardStep& at = shared.step(place / Slices::kCount);
     if (at.plan < 0) {
       if (has_ended) break;
       has_ended = true;
       ++place;
       continue;
     }
-    const BackwardPlan& plan = shared.plan(at.plan);
-    const Sequence& sequence = plan.sequence;
     int32_t* turns = nullptr;
-    if (accumulator.ordered) {
-      turns = accumulator.counter(sequence, plan.batch, at.head, at.i0) + (role == Role::kDk);
-      if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) continue;
-      fence_async_proxy_global();
+    if (slice == 0 || accumulator.ordered) {
+      const BackwardPlan& plan = shared.plan(at.plan);
+      const Sequence& sequence = plan.sequence;
+      if (accumulator.ordered) {
+        turns = accumulator.counter(sequence, plan.batch, at.head, at.i0) + warpgroup;
+        if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) {
+          end_all_but(None());  // others may wait for that
+          continue;
+        }
+        fence_async_proxy_global();
+      }
+      rows = accumulator.rows(sequence, plan.batch, at.head, at.i0);
     }
     fence_async_proxy();  // here: it would hold up the consumers
-    // 16 rows of a slice lie side by side in the accumulator too.
-    const int bytes = 16 * Traits::slice_columns(slice) * static_cast<int>(sizeof(float));
-    float* to = accumulator.rows(sequence, plan.batch, at.head, at.i0) + 16 * Traits::slice_column(role, slice);
-    uint32_t from = shared.dq_tile(role);
-#pragma unroll 1
-    for (int block = 0; block < Traits::kQueries / 16; ++block) {
-      bulk_add_float(to, from, bytes);
-      to += 16 * Traits::kHeadDim;
-      from += bytes;
-    }
+    bulk_add_float(rows + Traits::kQueries * Slices::first_column(warpgroup, slice), shared.dq_tile(warpgroup, place),
+                   Traits::kQueries * Slices::columns(slice) * static_cast<int>(sizeof(float)));
     bulk_commit();
-    bulk_wait_read<0>();
-    mbarrier_arrive(ring.empty(place));  // the warpgroup goes on; plan and step may be over now
+    end_all_but(One());
+    under_way = ring.empty(place);
+    if (slice == Slices::kCount - 1) ends_turn = turns;
     ++place;
-    if (turns != nullptr && slice == Traits::kSlices - 1) {
-      bulk_wait<0>();
-      fence_async_proxy_global();
-      add_release(turns, 1);
-    }
   }
+  end_all_but(None());
   bulk_wait<0>();
 }
 

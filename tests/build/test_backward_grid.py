@@ -26,8 +26,8 @@ int main(int, char** x) {
   int32_t range = 0;
   if (std::atoi(x[7])) p.key_range = &range;
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
-  std::printf("%d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
-              grid.tall, grid.cluster);
+  std::printf("%d %d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
+              grid.tall, grid.cluster, grid.team);
 }
 """
 
@@ -36,7 +36,7 @@ int main(int, char** x) {
 def grid(tmp_path_factory):
     """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256, ranges=False) on 132 SMs.
 
-    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster.
+    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster, team.
     """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
@@ -50,17 +50,17 @@ def grid(tmp_path_factory):
 
 
 def test_short_calls_finish_dq(grid):
-    assert grid(512, 512, -1, False, 64, keep=230) == (132, 1, 1, 1, 1, 0, 0)
+    assert grid(512, 512, -1, False, 64, keep=230) == (132, 1, 1, 1, 1, 0, 0, 1)
     assert grid(512, 513, -1, False, 64)[1:3] == (0, 0)  # too long for its waits
     assert grid(300, 512, -1, False, 64)[1:3] == (0, 0)  # four tiles of keys, three of queries: two would start at one
     assert grid(512, 512, 0, False, 64)[1:3] == (0, 0)  # a causal mask
     assert grid(128, 128, 0, False, 64)[1:3] == (1, 1)  # the same over a single tile of keys
-    assert grid(512, 512, -1, False, 256)[1:3] == (0, 0)  # tiles of 64 keys add
+    assert grid(512, 512, -1, False, 256)[1:3] == (0, 0)  # there all tiles add
 
 
 def test_short_calls_hand_the_sums_on(grid):
-    assert grid(512, 512, -1, False, 64) == (132, 0, 1, 0, 0, 0, 4)
-    assert grid(300, 257, -1, True, 128) == (132, 0, 1, 0, 0, 0, 3)  # in whatever mode
+    assert grid(512, 512, -1, False, 64) == (132, 0, 1, 0, 0, 0, 4, 1)
+    assert grid(300, 257, -1, True, 128) == (132, 0, 1, 0, 0, 0, 3, 1)  # in whatever mode
     assert grid(512, 513, -1, False, 64)[6] == grid(512, 512, -1, False, 256)[6] == grid(512, 512, 0, False, 64)[6] == 0
     assert grid(128, 128, -1, False, 64)[6] == 0  # a single tile has nothing to hand on
     assert grid(200, 300, -1, False, 64)[6] == 0  # two tiles of queries
@@ -85,7 +85,7 @@ def test_a_fixed_order_has_whole_heads_at_once(grid):
     assert grid(90, 9000, -1, True, 64)[1:3] == (0, 0)  # 71 tiles of keys would leave 61 SMs idle
     for seqlen, head_dim in itertools.product((100, 640, 1500, 4096, 20000), (64, 256)):
         ctas, rotates, finishes, _, spreads, *_ = grid(seqlen, seqlen, -1, True, head_dim)
-        tiles = -(-seqlen // (128 if head_dim <= 128 else 64))
+        tiles = -(-seqlen // 128)
         assert not rotates or (ctas % tiles == 0 and spreads)
         assert rotates or not finishes
 
@@ -98,6 +98,15 @@ def test_long_calls_of_wide_heads_have_tall_query_tiles(grid):
     assert grid(768, 768, -1, True, 128)[2:6:3] == (1, 0)  # dq is finished by the other kernel
     assert grid(1024, 1024, -1, True, 128, keep=230)[2:6:3] == (1, 0)
     assert grid(1024, 1024, -1, False, 128, keep=230)[5] == 0  # dropout has no such kernel
+
+
+def test_two_ctas_share_the_keys_of_heads_over_128(grid):
+    assert grid(2048, 2048, -1, False, 256)[7] == grid(90, 100, 0, True, 192)[7] == 2
+    assert grid(2048, 2048, -1, False, 128)[7] == grid(2048, 2048, -1, False, 256, keep=230)[7] == 1
+    assert grid(2048, 2048, -1, True, 256, keep=230)[:3] == (128, 1, 0)  # tiles of 64 keys, one a CTA
+    assert grid(100, 65, 0, False, 256)[0] == 132
+    assert grid(400, 300, -1, True, 256)[:2] == (132, 1)  # three tiles, and 22 heads at once
+    assert grid(1200, 1100, -1, True, 256)[:2] == (126, 1)  # nine, and seven
 
 
 def test_nothing_to_do(grid):

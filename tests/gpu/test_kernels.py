@@ -138,7 +138,7 @@ def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim, seqlen_k", [(160, 100), (160, 1060), (256, 100), (256, 1000), (256, 1060)])
 def test_every_key_tile_over_128(head_dim, seqlen_k, deterministic):
-    """Over 128 Hopper's tiles have 64 keys: some see no query, one key or a part, and 1060 keys have 17 tiles."""
+    """Over 128 Hopper's tiles have 64 keys, or 128 where two CTAs share them: some see no query, one key or a part."""
     q, k, v = make_qkv("cuda", torch.bfloat16, 6, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
     keys = [[0, seqlen_k], [0, 0], [60, 61], [64, seqlen_k - 10], [0, 64], [70, 90]]
     rows = [[0, 450], [0, 450], [13, 200], [0, 450], [64, 128], [300, 450]]
