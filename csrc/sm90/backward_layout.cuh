@@ -357,7 +357,7 @@ struct BackwardMaps {
 
 // Under a causal mask the first keys are seen by the most queries. Heads come in sections whose Q, dO and float32
 // accumulators lie in the L2 cache together, and which fill a round: with 64 MB of them S 1024 at D 64 ran at 202
-// instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 over 128, whose tiles move as many bytes for half of the
+// instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 where tiles of 64 keys move as many bytes for half of the
 // keys. In a fixed order of the additions CTAs that share one wait for each other: fewer do.
 inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, const BackwardGrid& grid) {
   PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};

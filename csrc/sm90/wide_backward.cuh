@@ -1,8 +1,9 @@
-// Backward for Hopper, head dimensions over 128, in the manner of backward.cuh. dK and dV of 128 keys would not fit the
-// registers, so a CTA owns 64 keys, and its two warpgroups do not divide them: one computes S, P and dV, the other dP,
-// dS and dK. P goes from the first to the second through shared memory, dS to both, for dQ, of which each computes half
-// of the columns one step late. So the warpgroups run half a step apart, and one's exponentials or stores hide behind
-// the other's products.
+// Backward for Hopper, head dimensions over 128, of calls with dropout or extra terms (for others:
+// paired_backward.cuh), in the manner of backward.cuh. dK and dV of 128 keys would not fit the registers, so a CTA owns
+// 64 keys, and its two warpgroups do not divide them: one computes S, P and dV, the other dP, dS and dK. P goes from
+// the first to the second through shared memory, dS to both, for dQ, of which each computes half of the columns one
+// step late. So the warpgroups run half a step apart, and one's exponentials or stores hide behind the other's
+// products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +24,7 @@ struct WideWarpgroup {
   using T = typename Traits::T;
   using KeyTile = typename Traits::KeyTile;
   using QueryTile = typename Traits::QueryTile;
-  using Gradient = ScoreGradient<T, Traits::kDropout, Traits::kExtras>;
+  using Gradient = ScoreGradient<T, true, true>;
   static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim;
   static constexpr bool kOwnsDv = ROLE == Role::kDv;
   using Slices = typename Traits::Slices;
@@ -108,12 +109,10 @@ struct WideWarpgroup {
     const BackwardPlan& plan = shared.plan(at.plan);
     const Gradient gradient(p, plan.sequence, plan.batch, at.head);
     const int key0 = first_key(plan);
-    if constexpr (Traits::kExtras) {
-      terms.apply(scores, plan, at, step, GradientTerms<Traits>::place(shared.term_tile()), key0);
-      if (terms.constants.copies_bias) {
-        __syncwarp();
-        shared.bias.release(step);
-      }
+    terms.apply(scores, plan, at, step, GradientTerms<Traits>::place(shared.term_tile()), key0);
+    if (terms.constants.copies_bias) {
+      __syncwarp();
+      shared.bias.release(step);
     }
     if (at.i0 < plan.all[0].begin || at.i0 + kQueries > plan.all[0].end)
       hide_invisible<true>(scores, p, plan.sequence, at.i0, key0);
@@ -128,9 +127,7 @@ struct WideWarpgroup {
       uint32_t (&x)[4] = operand.x[0][k];
       store_shared_16_bytes(place + k * kNextPlace, uint4{x[0], x[1], x[2], x[3]});
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (Traits::kDropout) x[i] = positive_part<T>(x[i]);
-      }
+      for (int i = 0; i < 4; ++i) x[i] = positive_part<T>(x[i]);
     }
     __syncwarp();
     shared.probabilities.release_full(step);
@@ -163,8 +160,7 @@ struct WideWarpgroup {
       Gradient::differentiate(probability, gradient, row_sum + 16 * k);
       for_each([](float own, float& whole) { whole = own; });
     }
-    if constexpr (Traits::kExtras)
-      terms.finish(scores, plan, at, GradientTerms<Traits>::place(shared.term_tile()), first_key(plan));
+    terms.finish(scores, plan, at, GradientTerms<Traits>::place(shared.term_tile()), first_key(plan));
     __syncwarp();
     shared.probabilities.release(step);
     if (at.last) shared.v.release(at.plan);
@@ -219,9 +215,9 @@ struct WideWarpgroup {
 
   // dV or dK of this warp's keys, rounded; it starts again at zero.
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
-    float factor = Traits::kDropout ? 256.0f / opaque(p.dropout_keep) : 1.0f;
+    float factor = 256.0f / opaque(p.dropout_keep);
     if (!kOwnsDv) factor *= terms.constants.scale;
-    if (!kOwnsDv || Traits::kDropout) sum.for_each([&](float& x, int, int) { x *= factor; });
+    sum.for_each([&](float& x, int, int) { x *= factor; });
     const Rows& rows = kOwnsDv ? p.dv : p.dk;
     const int key0 = first_key(plan);
     T* to = static_cast<T*>(rows.data) + plan.batch * rows.batch + (plan.sequence.first_k + key0) * rows.row +
@@ -279,11 +275,10 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
       wgmma_settle(state.dq0);
       if (step != first) state.template hand_over_dq<0>(step - 1);
       state.template start_dq<1>(step - 1);
-      wgmma_wait<Traits::kExtras ? 0 : 1>();
+      wgmma_wait<0>();
       wgmma_settle(state.scores);
-      if (Traits::kExtras) finish_second_slice(first);  // their terms need the registers
+      finish_second_slice(first);  // before the terms need the registers
       state.finish_scores(step + 1);
-      if (!Traits::kExtras) finish_second_slice(first);
     }
     if (kOwnsDv) shared.dout.wait_full(step);
     state.start_sum(step);
@@ -339,7 +334,8 @@ void run_wide_backward(const AttentionParams& p, cudaStream_t stream) {
   if constexpr (pairs_ctas(HEAD_DIM, DROPOUT, TERMS != Terms::kNone)) {
     run_paired_backward<T, HEAD_DIM>(p, stream);
   } else {
-    using Traits = WideTraits<T, HEAD_DIM, DROPOUT, TERMS != Terms::kNone>;
+    using Traits = WideTraits<T, HEAD_DIM>;
+    static_assert(DROPOUT && TERMS == Terms::kEvery);
     const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
     const SlicedDqAccumulator accumulator(p, p.workspace, HEAD_DIM);
     portable::row_sum(p, accumulator, stream);

@@ -22,13 +22,11 @@ struct DqSlices {
   }
 };
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class ELEMENT, int HEAD_DIM>
 struct WideTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr bool kExtras = EXTRAS;
-  static constexpr bool kEveryTerm = EXTRAS;
+  static constexpr bool kDropout = true, kExtras = true, kEveryTerm = true;
   static constexpr int kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = backward_keys(HEAD_DIM), kQueries = 64;
@@ -46,19 +44,18 @@ struct WideTraits {
   using Slices = DqSlices<HEAD_DIM>;
 
   // Shared memory: K and V of a piece of work, Q of two steps, dO of one or two (both warpgroups read it at about the
-  // same time), dS of three (dQ of a step leaves only after dS of the step after next is written), P on its way from
-  // one warpgroup to the other, rounded as it enters dV, a slice of dQ for each warpgroup, lse and row sums, plans,
-  // barriers. With extras dQ leaves before dS is written, and the third tile is the bias's or that of the softcap's
-  // slopes; a call has not both here.
+  // same time), dS of two, the bias of a step or its softcap's slopes (a call has not both here), P on its way from one
+  // warpgroup to the other, rounded as it enters dV, a slice of dQ for each warpgroup, lse and row sums, plans,
+  // barriers.
   static constexpr int kStages = 2, kDoutStages = HEAD_DIM <= 192 ? 2 : 1, kKeyStages = 1, kPlans = 4, kSteps = 8;
   static constexpr bool kPlansAhead = false;
-  static constexpr int kScoreStages = EXTRAS ? 2 : 3;
+  static constexpr int kScoreStages = 2;
   static constexpr int kV = KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
   static constexpr int kDs = kDout + kDoutStages * QueryTile::kBytes;
   static constexpr int kTerms = kDs + kScoreStages * ScoreTile::kBytes;
-  static constexpr int kProbabilities = kTerms + (EXTRAS ? ScoreTile::kBytes : 0);
+  static constexpr int kProbabilities = kTerms + ScoreTile::kBytes;
   static constexpr int kDq = kProbabilities + ScoreTile::kBytes;
   static constexpr int kValues = kDq + kWarpgroups * kSliceBytes;
   static constexpr int kStep = kValues + kStages * 2 * kQueries * static_cast<int>(sizeof(float));
@@ -66,9 +63,9 @@ struct WideTraits {
   static_assert(kPlan % alignof(BackwardPlan) == 0);
 };
 
-template <class T, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
-struct BackwardShared<WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>> {
-  using Traits = WideTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+template <class T, int HEAD_DIM>
+struct BackwardShared<WideTraits<T, HEAD_DIM>> {
+  using Traits = WideTraits<T, HEAD_DIM>;
   static constexpr int kBarriers =
       (Traits::kPlan + Traits::kPlans * static_cast<int>(sizeof(BackwardPlan)) + 7) / 8 * 8;
   using Plans = Ring<Traits::kPlans>;

@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
       };
       shared.steps.wait_empty(step);
       load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
-      if (Traits::kExtras && maps.terms.copies_bias) {
+      if (maps.terms.copies_bias) {
         shared.bias.wait_empty(step);
         __syncwarp();
         if (leader) {
