@@ -47,7 +47,7 @@ struct PairedWarpgroup {
     sum.clear();
   }
 
-  // The warpgroups take turns at the tensor cores.
+  // The warpgroups take turns at the tensor cores until dV of their step is done: so they stay half a round apart.
   __device__ __forceinline__ void wait_for_turn() const { named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads); }
   __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
 
@@ -98,8 +98,9 @@ struct PairedWarpgroup {
   }
   static constexpr uint32_t kNextPlace = 16 * kWarpgroupThreads * Traits::kWarpgroups;
 
-  // S of a step, complete, becomes P: the operand, and what the other CTA waits for. start: the product that runs
-  // meanwhile; what is read of shared memory before would wait behind it.
+  // S of a step, complete, becomes P: the operand, and what the other CTA waits for. start: of the product that runs
+  // meanwhile, behind which reads of shared memory would wait. Returns whether the step is the last one of its piece of
+  // work.
   template <class F>
   __device__ __forceinline__ bool exponentiate(uint32_t step, F start) {
     shared.steps.wait_full(step);
@@ -138,7 +139,8 @@ struct PairedWarpgroup {
     return last;
   }
 
-  // dP of a step, complete, becomes dS: the operand, and what a producer warp hands to the other CTA.
+  // dP of a step, complete, becomes dS: the operand, and what a producer warp hands to the other CTA. Returns as
+  // exponentiate().
   __device__ __forceinline__ bool differentiate(uint32_t step) {
     shared.steps.wait_full(step);
     const BackwardStep& at = shared.step(step);
@@ -237,10 +239,12 @@ struct PairedWarpgroup {
   }
 };
 
-// The steps of a piece of work. A round starts dV or dK of the current step and S or dP of the next one; in the first
-// CTA dQ of the step before too, a slice behind each: so that a product is always under way while P or dS is worked out
-// and dQ leaves. Slices of a step before the first multiply what lies in memory, and nobody looks at them: a branch
-// around a product would make ptxas run all of them one after the other.
+// The steps of a piece of work. A round of the first CTA: dV of the current step and a slice of dQ of the step before;
+// S of the next step; the other slice, beside its exponentials. The first slice leaves before S starts, the second when
+// nothing is under way: what a warp asks of shared memory waits behind its own products. The tensor cores have the
+// other warpgroup's, which is half a round behind. A round of the second CTA: dK of the current step beside dP of the
+// next. Slices of a step before the first multiply what lies in memory, and nobody looks at them: a branch around a
+// product would make ptxas run all of them one after the other.
 template <Role ROLE, class Traits>
 __device__ __forceinline__ void consume_pair(const AttentionParams& p, const BackwardShared<Traits>& shared,
                                              int warpgroup) {
