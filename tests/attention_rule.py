@@ -132,6 +132,23 @@ def check(q, k, v, *, dout=None, lse_gradient=True, small=False, seed=1, **optio
     return ours
 
 
+def check_poison_outside_ranges(q, k, v, options):
+    """Assert that NaN in q and dout outside query_range, and in k and v outside key_range, changes no bit of a result.
+
+    dout is q. Without the NaN these rows hold zeros.
+    """
+    results = []
+    for poison in (0.0, math.nan):
+        inputs = [x.clone() for x in (q, k, v)]
+        for x, name in zip(inputs, ("query_range", "key_range", "key_range"), strict=True):
+            for row, (begin, end) in zip(x, options[name].tolist(), strict=True):
+                row[:begin], row[end:] = poison, poison
+        results.append(run(*inputs, options, dout=inputs[0].clone()))
+    for name, clean in results[0].items():
+        assert torch.equal(clean, results[1][name]), f"NaN outside the ranges changes {name}"
+        assert name == "lse" or clean.isfinite().all()
+
+
 def unavoidable(q, k, v, options, dout, dlse, reference):
     """For each result, twice what the rounding of out and lse does to it, plus float32's own noise.
 

@@ -1,11 +1,17 @@
 """Calls of head dimensions over 128, whose pieces of work two CTAs share (csrc/sm90/paired_backward.cuh)."""
 
-import math
-
 import pytest
 import torch
-from attention_rule import check, int32, make_qkv, poison_freed_memory, run, seed_tensor
-from torch.profiler import ProfilerActivity, profile
+from attention_rule import (
+    check,
+    check_poison_outside_ranges,
+    int32,
+    make_qkv,
+    poison_freed_memory,
+    run,
+    seed_tensor,
+)
+from served_kernels import ON_HOPPER, kernels_of
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -52,18 +58,8 @@ def test_ranges_keep_poison_out(dtype, head_dim, mask):
         "key_range": int32([[0, 300], [133, 401], [140, 141], [7, 7]], "cuda"),
         "query_range": int32([[0, 200], [85, 390], [0, 390], [80, 161]], "cuda"),
     }
-    results = []
-    for poison in (0.0, math.nan):
-        q, k, v = make_qkv("cuda", dtype, 4, 390, 401, heads=4, heads_k=2, head_dim=head_dim)
-        for tensors, name in (((q,), "query_range"), ((k, v), "key_range")):
-            for x in tensors:
-                for row, (begin, end) in zip(x, ranges[name].tolist(), strict=True):
-                    row[:begin], row[end:] = poison, poison
-        dout = q.clone()  # NaN in the same rows
-        results.append(run(q, k, v, {**ranges, **mask, "deterministic": True}, dout=dout))
-    for name, clean in results[0].items():
-        assert torch.equal(clean, results[1][name]), f"NaN outside the ranges changes {name}"
-        assert name == "lse" or clean.isfinite().all()
+    q, k, v = make_qkv("cuda", dtype, 4, 390, 401, heads=4, heads_k=2, head_dim=head_dim)
+    check_poison_outside_ranges(q, k, v, {**ranges, **mask, "deterministic": True})
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -78,9 +74,7 @@ def test_many_repeats(head_dim, causal, deterministic):
         assert all(torch.equal(first[name], again[name]) for name in first if deterministic or name != "dq")
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="of Hopper's kernels"
-)
+@ON_HOPPER
 @pytest.mark.architectures("default")
 @pytest.mark.parametrize(
     "head_dim, options, kernel",
@@ -96,9 +90,6 @@ def test_which_kernel_serves(head_dim, options, kernel):
     q, k, v = make_qkv("cuda", torch.float16, 2, 300, 300, heads=4, head_dim=head_dim)
     if "dropout_p" in options:
         options = options | {"dropout_seed": seed_tensor(5, "cuda")}
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(q, k, v, options)
-        torch.cuda.synchronize()
     names = ("paired_backward_kernel", "wide_backward_kernel")
-    found = [name for event in seen.events() for name in names if name in event.name]
+    found = [name for seen in kernels_of(run, q, k, v, options) for name in names if name in seen]
     assert found == ([kernel] if kernel else [])

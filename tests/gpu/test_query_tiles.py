@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from attention_rule import check, int32, make_qkv, run, seed_tensor
-from torch.profiler import ProfilerActivity, profile
+from served_kernels import ON_HOPPER, kernels_of
 
 from hf_flash import flash_attention
 
@@ -98,9 +98,7 @@ def test_long_triangles_and_packed_batches(dtype, dropout_p, alibi):
     check(q, k, v, **starts, causal=True, **options)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="of Hopper's kernels"
-)
+@ON_HOPPER
 @pytest.mark.architectures("default")
 @pytest.mark.parametrize("dropout_p, alibi", [(0.0, False), (0.1, False), (0.0, True), (0.1, True)])
 def test_which_kernel_serves(dropout_p, alibi):
@@ -109,11 +107,8 @@ def test_which_kernel_serves(dropout_p, alibi):
     for name, heads in (("many", 48), ("few", 4)):
         q, k, v = make_qkv("cuda", torch.float16, 2, 380, 376, heads=heads, head_dim=64)
         slopes = torch.rand(heads, device="cuda") if alibi else None
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            flash_attention(q, k, v, dropout_p=dropout_p, alibi_slopes=slopes)
-            torch.cuda.synchronize()
-        arguments = r"ForwardTraits<__half, 64, (\w+), \(\w+::Terms\)(\d), (\w+)>"
-        found = [re.search(arguments, event.name) for event in seen.events()]
+        ran = kernels_of(flash_attention, q, k, v, dropout_p=dropout_p, alibi_slopes=slopes)
+        found = [re.search(r"ForwardTraits<__half, 64, (\w+), \(\w+::Terms\)(\d), (\w+)>", kernel) for kernel in ran]
         served[name] = [match.groups() for match in found if match]
     drops, none, linear, every = str(dropout_p > 0).lower(), "0", "1", "2"
     wanted = {

@@ -1,12 +1,19 @@
 """Short calls whose dQ is summed from CTA to CTA of a cluster (csrc/sm90/dq_relay.cuh): two to four tiles of keys."""
 
-import math
 import re
 
 import pytest
 import torch
-from attention_rule import check, int32, make_qkv, poison_freed_memory, run, seed_tensor
-from torch.profiler import ProfilerActivity, profile
+from attention_rule import (
+    check,
+    check_poison_outside_ranges,
+    int32,
+    make_qkv,
+    poison_freed_memory,
+    run,
+    seed_tensor,
+)
+from served_kernels import ON_HOPPER, kernels_of
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -73,16 +80,8 @@ def test_pieces_of_work_of_few_steps(dtype, head_dim, seqlen_k):
 
 def test_ranges_keep_poison_out():
     shape, options = ragged("ranges")
-    results = []
-    for poison in (0.0, math.nan):
-        q, k, v = make_qkv("cuda", torch.float16, *shape, heads=4, head_dim=64)
-        for tensors, name in (((q,), "query_range"), ((k, v), "key_range")):
-            for x in tensors:
-                for row, (begin, end) in zip(x, options[name].tolist(), strict=True):
-                    row[:begin], row[end:] = poison, poison
-        results.append(run(q, k, v, options, dout=q.clone()))
-    for name, clean in results[0].items():
-        assert torch.equal(clean, results[1][name]), f"NaN outside the ranges changes {name}"
+    q, k, v = make_qkv("cuda", torch.float16, *shape, heads=4, head_dim=64)
+    check_poison_outside_ranges(q, k, v, options)
 
 
 @pytest.mark.architectures("sm90")
@@ -99,9 +98,7 @@ def test_the_order_is_fixed_without_asking_for_it(seqlen, head_dim, dropout_p):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="of Hopper's kernels"
-)
+@ON_HOPPER
 @pytest.mark.architectures("default")
 @pytest.mark.parametrize(
     "seqlen, head_dim, options, relays",
@@ -113,8 +110,6 @@ def test_the_order_is_fixed_without_asking_for_it(seqlen, head_dim, dropout_p):
 )  # fmt: skip
 def test_which_kernel_serves(seqlen, head_dim, options, relays):
     q, k, v = make_qkv("cuda", torch.float16, 2, seqlen, seqlen, heads=4, head_dim=head_dim)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(q, k, v, options)
-        torch.cuda.synchronize()
-    found = [re.search(r"BackwardTraits<__half, \d+, \w+, [^,]+, \d+, (\w+)>", event.name) for event in seen.events()]
+    arguments = r"BackwardTraits<__half, \d+, \w+, [^,]+, \d+, (\w+)>"
+    found = [re.search(arguments, name) for name in kernels_of(run, q, k, v, options)]
     assert [match[1] for match in found if match] == [str(relays).lower()]
