@@ -41,6 +41,7 @@ void* current_stream(int32_t device) {
 
 struct Runner {
   static constexpr bool kWritesSums = true;  // of a broadcast bias's gradient: every element, in bias's dtype
+  static constexpr bool kTakesKeyMask = true;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
   explicit Runner(const Tensor& q) : guard(q.get_device_index()), stream(current_stream(q.get_device_index())) {}
@@ -60,6 +61,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 
 struct Runner {
   static constexpr bool kWritesSums = false;
+  static constexpr bool kTakesKeyMask = false;
   explicit Runner(const Tensor&) {}
   void forward(const AttentionParams& p) const { cpu::forward(p, parallel_for); }
   void backward(const AttentionParams& p) const { cpu::backward(p, parallel_for); }
@@ -81,6 +83,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const Tail tail(args);
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
+  if (Runner::kTakesKeyMask) p.take_key_mask();
   const Runner runner(q);
   const Tensor out = new_tensor(q, shape_with_last(q, p.head_dim_v), q.scalar_type());
   const Tensor lse = new_tensor(q, shape.row_values, accumulator_of(p.dtype));
@@ -105,6 +108,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
 
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
+  if (Runner::kTakesKeyMask) p.take_key_mask();
   const ScalarType accumulator = accumulator_of(p.dtype);
   const auto check_out = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);

@@ -59,6 +59,7 @@ struct AttentionParams {
 
   Scores bias;                          // (B|1, Hq|1, Sq|1, Sk|1), q's dtype or float32, added to the score; -inf hides
   Scores mask;                          // (B|1, Hq|1, Sq|1, Sk|1), bool (one byte), true = visible
+  const uint8_t* key_mask = nullptr;    // (B|1, Sk), 0 = hidden: mask's data where take_key_mask() found it to be one
   const float* alibi_slopes = nullptr;  // (Hq) or (B, Hq); the batch stride is below
   int64_t alibi_batch_stride = 0;       // 0 for (Hq)
   const void* sink = nullptr;           // (Hq), float32, or float64 when q is float64; in natural units
@@ -87,6 +88,14 @@ struct AttentionParams {
   void* dsink = nullptr;      // (Hq) float32 (float64 for float64), zeroed; null when not asked for
   void* workspace = nullptr;  // as many bytes as the architecture's backward_workspace() asked for
   bool deterministic = false;
+
+  // A mask of keys alone is no term of the score for kernels that look at it where they look at the ranges: at the edge
+  // of what is visible. Its strides stay in mask.
+  void take_key_mask() {
+    if (mask.data == nullptr || mask.head != 0 || mask.row != 0 || mask.col != 1) return;
+    key_mask = static_cast<const uint8_t*>(mask.data);
+    mask.data = nullptr;
+  }
 
   bool packed() const { return cu_seqlens_q != nullptr; }
   bool ragged() const { return packed() || key_range != nullptr; }  // sequences may differ in their keys

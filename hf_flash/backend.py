@@ -169,7 +169,7 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     cross = behaviour.is_cross(module)
     if cu_q is not None or cu_k is not None or (seq_idx is not None and one_row):
         # Transformers may have read this packing out of position_ids already (visible.ids); cu_seq_lens repeats it
-        if cross or not isinstance(visible, Visibility) or not (visible.key_range is None and visible.mask is None):
+        if cross or not isinstance(visible, Visibility) or visible.hides_keys():
             what = "cross-attention" if cross else "an attention_mask that hides keys"
             raise ValueError(
                 f"hf_flash [PACKED]: {type(module).__name__} got packed sequences (cu_seq_lens_q, cu_seq_lens_k or "

@@ -108,8 +108,8 @@ def rows_of_heads(t: torch.Tensor, packed: bool) -> torch.Tensor:
 def key_ranges(padding: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A padding mask ``(B, Sk)`` bool as ``key_range`` int32 (B, 2), with a mask (B, 1, 1, Sk) where it has holes.
 
-    Returns (None, None) when every key is visible. Costs one synchronisation with the host for the batch; under
-    torch.compile there is none, and the answer is always range and mask together.
+    On the CPU the answer is (None, None) when every key is visible. On a GPU and under torch.compile nothing is read
+    back, for which a training step would wait: it is always range and mask together, and kernels look for holes.
     """
     length = padding.shape[1]
     ints = padding.to(torch.int32)
@@ -117,7 +117,7 @@ def key_ranges(padding: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor
     count = ints.sum(1)
     end = torch.where(count > 0, length - ints.flip(1).argmax(1), begin)
     ranges = torch.stack([begin, end], 1).to(torch.int32)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or padding.device.type != "cpu":
         return ranges, padding[:, None, None, :]
     all_visible, no_holes = torch.stack([count.eq(length).all(), count.eq(end - begin).all()]).tolist()
     if all_visible:
@@ -149,6 +149,7 @@ class Visibility:
         self._packing = packing
         self._offsets = {}
         self._positions = None
+        self._hides_keys = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -260,10 +261,17 @@ class Visibility:
             self._offsets[key] = torch.full((batch,), offset, dtype=torch.int32, device=device)
         return self._offsets[key]
 
+    def hides_keys(self) -> bool:
+        """Whether ``key_range`` or ``mask`` hides a key. May read a padding mask back from its device, once."""
+        if self.mask is None or self.mask.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
+            return self.key_range is not None or self.mask is not None
+        if self._hides_keys is None:
+            self._hides_keys = not bool(self.mask.all())
+        return self._hides_keys
+
     def is_plain(self, q_length: int, k_length: int) -> str | None:
         """ "full" or "causal" where scaled_dot_product_attention needs no mask, otherwise None."""
-        plain = self.key_range is None and self.mask is None and self.ids is None and self._packing is None
-        if not plain or self.k_length < k_length:
+        if self.ids is not None or self._packing is not None or self.k_length < k_length or self.hides_keys():
             return None
         if self.window == (-1, -1):
             return "full"

@@ -52,7 +52,7 @@ class PaddingFree:
             return None
         if not isinstance(visible, Visibility) or visible.window != (-1, -1) or visible.unpadded:
             return None
-        if (visible.key_range is None and visible.mask is None) or backend.report.disabled():
+        if backend.report.disabled() or not visible.hides_keys():
             return None
         if config._attn_implementation != backend.NAME or not _kernel_serves(self, states, config):
             return None

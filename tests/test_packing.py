@@ -31,6 +31,19 @@ def test_one_row_with_a_hole_keeps_the_others_right():
     assert ranges.tolist() == [[0, 2], [0, 3], [1, 4]] and torch.equal(mask[:, 0, 0], padding)
 
 
+def test_what_hides_keys():
+    keys = torch.ones(2, 1, 1, 4, dtype=torch.bool)
+    padding = keys.clone()
+    padding[1, ..., 3:] = False
+    ranges = torch.tensor([[0, 4], [0, 3]], dtype=torch.int32)
+    assert not Visibility(2, 4, 4).hides_keys() and not Visibility(2, 4, 4, mask=keys, key_range=ranges).hides_keys()
+    assert Visibility(2, 4, 4, mask=padding, key_range=ranges).hides_keys()
+    assert Visibility(2, 4, 4, key_range=ranges).hides_keys()
+    assert Visibility(2, 4, 4, mask=torch.ones(2, 1, 4, 4, dtype=torch.bool)).hides_keys()  # nobody looks through it
+    assert Visibility(2, 4, 4, mask=keys, key_range=ranges).is_plain(4, 4) == "full"
+    assert Visibility(2, 4, 4, mask=padding, key_range=ranges).is_plain(4, 4) is None
+
+
 def test_sequence_ids():
     def ids(*positions):
         return sequence_ids(torch.tensor([positions])).tolist()[0]

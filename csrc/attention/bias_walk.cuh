@@ -90,7 +90,7 @@ struct BiasWalk {
   __device__ static void fill(const AttentionParams& p, BiasTask& task, const Sequence& sequence, int b, int h, int i0,
                               int j0) {
     task.exists = true;
-    task.boundary = !all_visible(p, sequence, i0, i0 + BiasTiles::kQueries, j0, j0 + BiasTiles::kKeys);
+    task.boundary = !all_visible<BiasTiles::kKeys>(p, sequence, i0, i0 + BiasTiles::kQueries, j0);
     task.batch = b;
     task.head = h;
     task.i0 = i0;

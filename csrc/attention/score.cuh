@@ -5,26 +5,58 @@
 
 #include <math_constants.h>
 
-#include "attention/sequence.h"
+#include "attention/tile_range.cuh"
 #include "instructions/arithmetic.cuh"
 #include "tile/fragment.cuh"
 
 namespace hf_flash {
 
-// Sets to -inf what lies outside the ranges and the window. The accumulator's corner is (query i0, key j0), relative to
-// the sequence. Only tiles at a boundary need it.
-template <bool TRANSPOSED, int ROWS, int COLS>
+// Sets to -inf the columns of keys that range and mask hide. The accumulator's corner is at key j0.
+template <int ROWS, int COLS>
+__device__ __forceinline__ void hide_masked(Accumulator<ROWS, COLS>& s, const AttentionParams& p,
+                                            const Sequence& sequence, int j0) {
+#pragma unroll
+  for (int k = 0; k < (COLS + 31) / 32; ++k) {
+    uint32_t hidden = 0;  // bit 8 n + e: column 32 k + 8 n + e of this lane's
+    if constexpr (ROWS <= 16) {
+      hidden = ~seen_keys(p, sequence, j0 + 32 * k, 32) >> lane_col();
+    } else {  // in fewer registers
+      const uint8_t* const key_mask = sequence.key_mask(p);
+#pragma unroll 1
+      for (int n = 0; n < 8; ++n) {
+        const int j = j0 + 32 * k + 8 * (n / 2) + lane_col() + n % 2;
+        if (j < sequence.len_k && key_mask[j] == 0) hidden |= 1u << (8 * (n / 2) + n % 2);
+      }
+    }
+#pragma unroll
+    for (int n = 4 * k; n < 4 * k + 4 && n < COLS / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((hidden >> (8 * (n % 4) + e) & 1) == 0) continue;
+#pragma unroll
+        for (int r = 0; r < RowVector<ROWS>::kCount; ++r) s.x[r / 2][n][2 * (r % 2) + e] = -CUDART_INF_F;
+      }
+    }
+  }
+}
+
+// Sets to -inf what lies outside the ranges and the window and what the mask of keys hides. The accumulator's corner is
+// (query i0, key j0), relative to the sequence. Only tiles at a boundary need it. MASKED: there may be such a mask.
+// seen: where rows are keys, their seen_keys(); otherwise whether the mask has holes.
+template <bool TRANSPOSED, bool MASKED = true, int ROWS, int COLS>
 __device__ __forceinline__ void hide_invisible(Accumulator<ROWS, COLS>& s, const AttentionParams& p,
-                                               const Sequence& sequence, int i0, int j0) {
+                                               const Sequence& sequence, int i0, int j0, uint32_t seen = 0) {
+  static_assert(!TRANSPOSED || ROWS <= 32);
   i0 = opaque(i0);
   j0 = opaque(j0);
 #pragma unroll
   for (int r = 0; r < RowVector<ROWS>::kCount; ++r) {
-    const int row = (TRANSPOSED ? j0 : i0) + RowVector<ROWS>::row(r);
-    const bool inside = TRANSPOSED ? row >= sequence.key_begin && row < sequence.key_end : sequence.computes(row);
-    KeyRange seen = TRANSPOSED ? sequence.queries_of(p, row, row + 1) : sequence.keys_of(p, row, row + 1);
-    const uint32_t count = inside && !seen.empty() ? seen.end - seen.begin : 0;
-    const int first = (TRANSPOSED ? i0 : j0) + lane_col() - seen.begin;
+    const int own = RowVector<ROWS>::row(r), row = (TRANSPOSED ? j0 : i0) + own;
+    bool inside = sequence.computes(row);
+    if (TRANSPOSED) inside = MASKED ? seen >> own & 1 : row >= sequence.key_begin && row < sequence.key_end;
+    const KeyRange range = TRANSPOSED ? sequence.queries_of(p, row, row + 1) : sequence.keys_of(p, row, row + 1);
+    const uint32_t count = inside && !range.empty() ? range.end - range.begin : 0;
+    const int first = (TRANSPOSED ? i0 : j0) + lane_col() - range.begin;
 #pragma unroll
     for (int n = 0; n < COLS / 8; ++n) {
 #pragma unroll
@@ -33,15 +65,18 @@ __device__ __forceinline__ void hide_invisible(Accumulator<ROWS, COLS>& s, const
       }
     }
   }
+  if (!TRANSPOSED && MASKED && seen != 0) hide_masked(s, p, sequence, opaque(j0));
 }
 
-// Does every query of [row_begin, row_end) see every key of [col_begin, col_end)? Then hide_invisible has nothing to
-// do.
+// Does every query of [row_begin, row_end) see each of the KEYS keys from col_begin on? Then hide_invisible has nothing
+// to do. By one thread, which may say no where it cannot tell.
+template <int KEYS>
 __device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequence& sequence, int row_begin,
-                                            int row_end, int col_begin, int col_end) {
+                                            int row_end, int col_begin) {
   return row_begin >= sequence.query_begin && row_end <= sequence.query_end &&
          col_begin >= sequence.keys_of(p, row_end - 1, row_end).begin &&
-         col_end <= sequence.keys_of(p, row_begin, row_begin + 1).end;
+         col_begin + KEYS <= sequence.keys_of(p, row_begin, row_begin + 1).end &&
+         shows_all<KEYS>(sequence.key_mask(p), col_begin);
 }
 
 // Times log2 e above softmax.cuh's kNothingSeen; a power of two, so that its products with constants are exact.
@@ -51,8 +86,8 @@ constexpr float kLowestBias = -0x1p127f;
 template <class T, bool TRANSPOSED>
 struct ScoreExtras {
   const AttentionParams& p;
-  const char* bias;  // of this batch and head; null: none
-  const uint8_t* mask;
+  const char* bias;             // of this batch and head; null: none
+  const uint8_t* mask;          // TRANSPOSED: but for a mask of keys, which hide_invisible() knows
   float slope;                  // ALiBi, times log2 e; 0: none
   bool bias_pairs, mask_pairs;  // two neighbouring keys lie aligned side by side
 
@@ -63,8 +98,9 @@ struct ScoreExtras {
       bias = static_cast<const char*>(p.bias.data) + size * (b * p.bias.batch + h * p.bias.head);
       bias_pairs = pairs(bias, p.bias, 2 * size);
     }
-    if (p.mask.data != nullptr) {
-      mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.batch + h * p.mask.head;
+    const void* const hides = !TRANSPOSED && p.key_mask != nullptr ? p.key_mask : p.mask.data;
+    if (hides != nullptr) {
+      mask = static_cast<const uint8_t*>(hides) + b * p.mask.batch + h * p.mask.head;
       mask_pairs = pairs(mask, p.mask, 2);
     }
     if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[b * p.alibi_batch_stride + h] * kLog2E;

@@ -80,12 +80,13 @@ struct ScoreGradient {
       : p(p), sequence(sequence), dropout(p, b * p.heads_q + h), b(b), h(h) {}
 
   // s, dp: raw products of keys j0 .. and queries i0 .. of query head h; lse (as above) and row_sum of those queries.
-  // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp.
+  // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp. seen: the keys' seen_keys().
   template <int ROWS, int COLS>
   __device__ __forceinline__ void apply(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp, const float* lse,
-                                        const float* row_sum, int i0, int j0, bool boundary) const {
+                                        const float* row_sum, int i0, int j0, bool boundary,
+                                        const uint32_t* seen) const {
     if constexpr (!EXTRAS) {
-      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0);
+      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0, *seen);
       differentiate(s, dp, lse, row_sum, i0, j0, static_cast<float>(p.scale) * kLog2E);
     } else {
       const ScoreExtras<T, true> extras(p, b, h);
@@ -93,7 +94,7 @@ struct ScoreGradient {
       extras.scale_and_cap(s);
       if (p.softcap != 0) slopes.keep(s, static_cast<float>(p.softcap));
       extras.add(s, sequence, i0, j0);
-      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0);
+      if (boundary) hide_invisible<true>(s, p, sequence, i0, j0, *seen);
       differentiate(s, dp, lse, row_sum, i0, j0, 1.0f);
       const BiasGradient bias(p, b, h);
       if (bias.data != nullptr) bias.store(dp, sequence, i0, j0);

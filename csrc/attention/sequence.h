@@ -34,8 +34,9 @@ struct Sequence {
   int32_t key_begin;
   int32_t key_end;
   int32_t offset;  // query i stands at key position i + offset
+  int32_t number;  // in the batch
 
-  HF_FLASH_HOST_DEVICE Sequence(const AttentionParams& p, int32_t b) {
+  HF_FLASH_HOST_DEVICE Sequence(const AttentionParams& p, int32_t b) : number(b) {
     if (p.cu_seqlens_q != nullptr) {
       const int32_t total_q = static_cast<int32_t>(p.total_q), total_k = static_cast<int32_t>(p.total_k);
       const int32_t begin_q = clamp(p.cu_seqlens_q[b], 0, total_q);
@@ -55,6 +56,11 @@ struct Sequence {
     key_end = p.key_range ? clamp(p.key_range[2 * b + 1], key_begin, len_k) : len_k;
     // An offset beyond the two lengths shows the same keys as the nearest one that is still in reach of every sum.
     offset = p.query_offset ? clamp(p.query_offset[b], -(1 << 29), 1 << 29) : len_k - len_q;
+  }
+
+  // A byte for each key of this sequence, 0 = hidden; null: no mask of keys.
+  HF_FLASH_HOST_DEVICE const uint8_t* key_mask(const AttentionParams& p) const {
+    return p.key_mask ? p.key_mask + number * p.mask.batch : nullptr;
   }
 
   HF_FLASH_HOST_DEVICE bool computes(int32_t i) const { return i >= query_begin && i < query_end; }

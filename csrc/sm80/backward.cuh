@@ -70,10 +70,19 @@ struct BackwardCta {
     dk.clear();
     dv.clear();
     const KeyRange some = queries_seeing(p, sequence, j0 + warp_key, j0 + warp_key + kWarpKeys);
-    const KeyRange all = queries_seeing_all(p, sequence, j0 + warp_key, j0 + warp_key + kWarpKeys);
-    if (threadIdx.x % 32 == 0) visible[threadIdx.x / 32] = {some.begin, some.end, all.begin, all.end};
+    const uint32_t seen = seen_keys(p, sequence, j0 + warp_key, kWarpKeys);
+    KeyRange all{0, 0};
+    if (__popc(seen) == kWarpKeys) all = queries_seeing_all(p, sequence, j0 + warp_key, j0 + warp_key + kWarpKeys);
+    if (threadIdx.x % 32 == 0) {
+      visible[threadIdx.x / 32] = {some.begin, some.end, all.begin, all.end};
+      keys_seen()[threadIdx.x / 32] = seen;
+    }
   }
   __device__ static int warp() { return uniform(threadIdx.x / 32); }
+  // seen_keys() of each warp's.
+  __device__ uint32_t* keys_seen() const {
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(visible) + Traits::kSeenKeys - Traits::kVisible);
+  }
 
   // Where the tiles of a stage lie, counted from the readers' first ones. The same for all threads: it stays in uniform
   // registers, which the addresses of ldmatrix take for free.
@@ -143,7 +152,7 @@ struct BackwardCta {
 
     const float* lse = row_values + stage * 2 * kQueries + query;
     const ScoreGradient<T, Traits::kDropout, Traits::kExtras> gradient(p, sequence, b, step.head);
-    gradient.apply(s, dp, lse, lse + kQueries, i0, key0, i0 < seen.z || i0 + kBlock > seen.w);
+    gradient.apply(s, dp, lse, lse + kQueries, i0, key0, i0 < seen.z || i0 + kBlock > seen.w, keys_seen() + warp());
 
     OperandA<kWarpKeys, kBlock> probabilities, ds;
     to_operand<T>(probabilities, s, 0);

@@ -1,7 +1,7 @@
 // How the backward divides its work: a CTA's tiles and shared memory, and the query tiles that it walks.
 #pragma once
 
-#include "attention/sequence.h"
+#include "attention/tile_range.cuh"
 #include "portable/dq_accumulator.h"
 #include "sm80/backward_config.h"
 #include "tile/shared_tile.cuh"
@@ -43,7 +43,8 @@ struct BackwardTraits {
   static constexpr uint32_t kScoreBytes = kSplit * ScoreTile::kBytes;
   static constexpr uint32_t kRowValues = kScores + (kLate ? 2 : 1) * kScoreBytes;
   static constexpr uint32_t kVisible = kRowValues + kConfig.stages * 2 * kQueries * sizeof(float);
-  static constexpr uint32_t kSteps = kVisible + kConfig.warps * sizeof(int4);
+  static constexpr uint32_t kSeenKeys = kVisible + kConfig.warps * sizeof(int4);
+  static constexpr uint32_t kSteps = kSeenKeys + (kConfig.warps + 3) / 4 * 4 * sizeof(uint32_t);
   static constexpr uint32_t kSequence = kSteps + sizeof(int4);
   static constexpr uint32_t kSharedBytes = kSequence + sizeof(Sequence);
 };
@@ -56,10 +57,10 @@ __device__ inline KeyRange queries_seeing(const AttentionParams& p, const Sequen
   return key_begin < key_end ? sequence.queries_of(p, key_begin, key_end) : KeyRange{0, 0};
 }
 
-// The queries that see every key of [key_begin, key_end): for them nothing has to be hidden.
+// The queries that see every key of [key_begin, key_end), if range and mask show them all: for those nothing has to be
+// hidden.
 __device__ inline KeyRange queries_seeing_all(const AttentionParams& p, const Sequence& sequence, int key_begin,
                                               int key_end) {
-  if (key_begin < sequence.key_begin || key_end > sequence.key_end) return {0, 0};
   return {sequence.queries_of(p, key_end - 1, key_end).begin, sequence.queries_of(p, key_begin, key_begin + 1).end};
 }
 

@@ -109,7 +109,7 @@ struct BiasWarp {
     const int i0 = task.i0 + row0, j0 = task.j0 + col0;
     const ScoreExtras<T, false> extras(p, task.batch, task.head);
     extras.apply(s, task.sequence, i0, j0);
-    if (task.boundary) hide_invisible<false>(s, p, task.sequence, i0, j0);
+    if (task.boundary) hide_invisible<false, false>(s, p, task.sequence, i0, j0);
     const float keep = p.dropout_keep / 256.0f;
 #pragma unroll
     for (int r = 0; r < RowVector<kRows>::kCount; ++r) {

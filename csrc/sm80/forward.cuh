@@ -71,6 +71,13 @@ struct ForwardPlan {
       own[thread] = range;
     }
   }
+  // By all threads, which all see the plan.
+  __device__ void find_holes(const AttentionParams& p) {
+    const bool hides = hides_some(sequence.key_mask(p), sequence.len_k, sequence.key_begin, sequence.key_end,
+                                  threadIdx.x, Traits::kThreads);
+    if (__syncthreads_or(hides) && threadIdx.x < Traits::kWarps) own[threadIdx.x].hide_in_all();
+    __syncthreads();
+  }
 };
 
 // What one warp holds in registers, and the steps of the algorithm on it.
@@ -212,6 +219,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   }
   __syncthreads();
   const Sequence& sequence = plan.sequence;
+  if (!Traits::kExtras && p.key_mask != nullptr) plan.find_holes(p);
 
   // Tiles of K and V alternate between two places each, given as bytes from kv_tiles.
   const auto k_place = [](int tile) { return static_cast<uint32_t>((tile & 1) * KVTile::kBytes); };
@@ -265,7 +273,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       if (own.has(tile)) {
         if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
         const bool boundary = own.hides(j0, j0 + kKeys);
-        if (boundary) hide_invisible<false>(state.s, p, sequence, warp_row0, j0);
+        if (boundary) hide_invisible<false, !Traits::kExtras>(state.s, p, sequence, warp_row0, j0, own.has_holes());
         if (Traits::kExtras || boundary) state.take_max();
         state.softmax.update_max(state.top, state.out, factor);
         if (own.has(tile + 1)) {

@@ -20,17 +20,26 @@ namespace hf_flash::sm90 {
 // A piece of work: a tile of keys of one head of k, against the query tiles that see one of them, for each query head
 // of the group.
 struct BackwardPlan {
-  int j0, kv_head, batch;  // j0 = -1: there is no more
-  int begin, end;          // queries, multiples of the tile
+  int j0, kv_head;  // j0 = -1: there is no more
+  int begin, end;   // queries, multiples of the tile
   int first_head, end_head;
   int start_head, start_i0;               // of the first step
   int turn, turns;                        // among the key tiles that some query sees, of which there are `turns`
   int finishing;                          // so many of the last steps finish dq of their queries
   int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
   Sequence sequence;
-  KeyRange all[2];  // for each warpgroup's keys the queries that see all of them
+  uint32_t keys[4];  // their seen_keys()
 
+  __device__ int batch() const { return sequence.number; }
   __device__ bool empty() const { return begin == end; }
+  // The queries that see all of the 64 keys of a warpgroup.
+  __device__ KeyRange queries_of_all(const AttentionParams& p, int warpgroup) const {
+    const int from = j0 + 64 * warpgroup, to = from + 64;
+    if ((keys[2 * warpgroup] & keys[2 * warpgroup + 1]) != 0xFFFFFFFF) return {0, 0};
+    return {sequence.queries_of(p, to - 1, to).begin, sequence.queries_of(p, from, from + 1).end};
+  }
+  // seen_keys() of the 16 from key0 on.
+  __device__ uint32_t seen_from(int key0) const { return reinterpret_cast<const uint16_t*>(keys)[(key0 - j0) / 16]; }
 };
 
 // The key tiles of a sequence that some query may see, as far as ranges tell.
@@ -142,7 +151,8 @@ struct DqTarget {
 };
 
 template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS,
-          int QUERIES = backward_config(HEAD_DIM, TERMS != Terms::kNone).queries, bool RELAYS = false>
+          int QUERIES = backward_config(HEAD_DIM, TERMS != Terms::kNone).queries, bool RELAYS = false,
+          bool MASKED = true>
 struct BackwardTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
@@ -161,6 +171,7 @@ struct BackwardTraits {
   static constexpr int kDqColumns = kTall ? kQueries : kSplitColumns ? HEAD_DIM / 2 : HEAD_DIM;
   using DqSums = DqAccumulatorOf<kTall ? kQueries : 64>;
   static constexpr bool kRelays = RELAYS;  // sums of dQ go from CTA to CTA
+  static constexpr bool kMasked = MASKED;  // calls may have a mask of keys
   static constexpr int kTeam = 1;
   using Walk = std::conditional_t<kRelays, RelayWalk<kQueries>, StepWalk<kQueries>>;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -200,13 +211,12 @@ template <class Traits>
 __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
                                           const PersistentSchedule::Work& work, const BackwardGrid& grid) {
   const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
-  if (lane < Traits::kWarpgroups) {
-    const int from = j0 + 64 * lane, to = from + 64;
-    KeyRange all{0, 0};
-    if (from >= sequence.key_begin && to <= sequence.key_end)
-      all = {sequence.queries_of(p, to - 1, to).begin, sequence.queries_of(p, from, from + 1).end};
-    plan.all[lane] = all;
-  } else if (lane == Traits::kWarpgroups) {
+#pragma unroll 1
+  for (int n = 0; n < Traits::kKeys / 32; ++n) {
+    const uint32_t seen = seen_keys(p, sequence, j0 + 32 * n, 32);
+    if (lane == n) plan.keys[n] = seen;
+  }
+  if (lane == Traits::kWarpgroups) {
     const int from = max(j0, sequence.key_begin), to = min(j0 + Traits::kKeys, sequence.key_end);
     const KeyRange seen = from < to ? sequence.queries_of(p, from, to) : KeyRange{0, 0};
     const int group = p.heads_q / p.heads_k;
@@ -227,7 +237,6 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
   } else if (lane == Traits::kWarpgroups + 1) {
     plan.j0 = work.tile < 0 ? -1 : j0;
     plan.kv_head = work.head;
-    plan.batch = work.batch;
     const bool packed = p.cu_seqlens_q != nullptr;
     plan.zero_queries_from = sequence.query_end < p.seqlen_q || packed ? sequence.query_end : INT_MAX;
     plan.zero_keys_from = sequence.key_end < p.seqlen_k || packed ? sequence.key_end : INT_MAX;

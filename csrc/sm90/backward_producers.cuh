@@ -104,7 +104,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
       if (leader) {
         mbarrier_arrive_expect_bytes(barrier, KeyTile::kBytes);
         load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
-                           coordinate_of(rows.batch, plan.batch));
+                           coordinate_of(rows.batch, plan.batch()));
       }
       if (dirty) {
         clean(full, [&] {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
       const uint32_t barrier = dirty ? shared.landed : full;
       const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows) {
         load_tile<QueryTile>(tile, map, barrier, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
-                             coordinate_of(rows.batch, plan.batch));
+                             coordinate_of(rows.batch, plan.batch()));
       };
       shared.steps.wait_empty(step);
       __syncwarp();
@@ -154,7 +154,7 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
           mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
           load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
                                                 coordinate_of(p.bias.head, head),
-                                                coordinate_of(p.bias.batch, plan.batch), plan.j0);
+                                                coordinate_of(p.bias.batch, plan.batch()), plan.j0);
         }
       }
     }
@@ -201,11 +201,13 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       mbarrier_arrive(shared.steps.full(step));
       return;
     }
+    // Each lane keeps them for one warpgroup's keys.
+    const KeyRange all = plan.queries_of_all(p, Traits::kKeys == 128 ? threadIdx.x % 2 : 0);
     for (typename Traits::Walk walk(plan); walk.exists(); walk.next(), ++step) {
       const int head = walk.head, i0 = walk.i0;
-      const float* lse = static_cast<const float*>(p.lse.data) + plan.batch * p.lse.batch + head * p.lse.head;
+      const float* lse = static_cast<const float*>(p.lse.data) + plan.batch() * p.lse.batch + head * p.lse.head;
       const float* row_sum =
-          static_cast<const float*>(p.row_sum.data) + plan.batch * p.row_sum.batch + head * p.row_sum.head;
+          static_cast<const float*>(p.row_sum.data) + plan.batch() * p.row_sum.batch + head * p.row_sum.head;
       // All loads are under way before the first is needed: their latency counts once.
       constexpr int kRows = (Traits::kQueries + 31) / 32;
       const int64_t row0 = plan.sequence.first_q + i0;
@@ -228,11 +230,12 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
       bool lowest = false;
       float slope = 0;
       if constexpr (Traits::kExtras) {
-        if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[plan.batch * p.alibi_batch_stride + head];
+        if (p.alibi_slopes != nullptr) slope = p.alibi_slopes[plan.batch() * p.alibi_batch_stride + head];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) lowest |= row_lse[r] < kLowestBias / 4 && row_lse[r] != -CUDART_INF_F;
         lowest = any_lane(lowest);
       }
+      const uint32_t boundary = __ballot_sync(0xFFFFFFFF, i0 < all.begin || i0 + Traits::kQueries > all.end);
       int next = static_cast<int>(n);
       if (Traits::kPlansAhead && walk.last()) {
         shared.planned.wait_full(n + 1);
@@ -245,7 +248,7 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
         at.head = head;
         at.i0 = i0;
         at.last = walk.last();
-        for (int w = 0; w < 2; ++w) at.boundary[w] = i0 < plan.all[w].begin || i0 + Traits::kQueries > plan.all[w].end;
+        for (int w = 0; w < 2; ++w) at.boundary[w] = boundary >> w & 1;
         at.route = route_of(walk, odd);
         at.lowest = lowest;
         at.slope = slope;
@@ -286,7 +289,7 @@ template <class Traits>
 __device__ __forceinline__ void aim_at_dq(const AttentionParams& p, const BackwardPlan& plan, int head, int i0,
                                           DqTarget& target) {
   const Sequence& sequence = plan.sequence;
-  target.rows = static_cast<uint16_t*>(p.dq.data) + plan.batch * p.dq.batch + head * p.dq.head +
+  target.rows = static_cast<uint16_t*>(p.dq.data) + plan.batch() * p.dq.batch + head * p.dq.head +
                 (sequence.first_q + i0) * p.dq.row;
   target.begin = sequence.query_begin - i0;
   target.end = sequence.query_end - i0;
@@ -309,13 +312,13 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
   if (plan.turns == 1) {
     mbarrier_arrive(full);
   } else {
-    const int32_t* turns = accumulator.counter(sequence, plan.batch, head, i0);
+    const int32_t* turns = accumulator.counter(sequence, plan.batch(), head, i0);
     while (load_acquire(turns) < plan.turns - 1) {
     }
     fence_async_proxy_global();
     const int bytes = dq_bytes<Traits>(sequence, i0);
     mbarrier_arrive_expect_bytes(full, bytes);
-    bulk_load(shared.dq_tile(), accumulator.rows(sequence, plan.batch, head, i0), bytes, full);
+    bulk_load(shared.dq_tile(), accumulator.rows(sequence, plan.batch(), head, i0), bytes, full);
   }
 }
 
@@ -353,7 +356,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       mbarrier_arrive(shared.dq.full(step));
       end_turn();
       int32_t* const counter =
-          accumulator.counters != nullptr ? accumulator.counter(sequence, plan.batch, walk.head, walk.i0) : nullptr;
+          accumulator.counters != nullptr ? accumulator.counter(sequence, plan.batch(), walk.head, walk.i0) : nullptr;
       // Asked for while nothing is waited for but this CTA's own products: so whoever is the first will store.
       const int32_t before = accumulator.stores_first() && !accumulator.ordered ? add_acquire(counter, 1) : 0;
       shared.dq.wait_empty(step + 1);
@@ -377,7 +380,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       }
       if (counter != nullptr) fence_async_proxy_global();
       fence_async_proxy();  // here: it would hold up the consumers
-      float* const rows = accumulator.rows(sequence, plan.batch, walk.head, walk.i0);
+      float* const rows = accumulator.rows(sequence, plan.batch(), walk.head, walk.i0);
       const int bytes = dq_bytes<Traits>(sequence, walk.i0);
       if (stores) {
         bulk_store(rows, shared.dq_tile(), bytes);

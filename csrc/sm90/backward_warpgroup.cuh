@@ -88,12 +88,14 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(n);
-    const ScoreGradient<T, Traits::kDropout, Traits::kEveryTerm> gradient(p, plan.sequence, plan.batch, at.head);
+    const ScoreGradient<T, Traits::kDropout, Traits::kEveryTerm> gradient(p, plan.sequence, plan.batch(), at.head);
     const float* lse = shared.row_values(step) + lane_col();
     wgmma_wait<1>();
     wgmma_settle(s);
     if constexpr (Traits::kExtras) terms.apply(s, plan, at, step, ds_place(step), first_key(plan));
-    if (boundary) hide_invisible<true>(s, p, plan.sequence, at.i0, first_key(plan));
+    if (boundary)
+      hide_invisible<true, Traits::kMasked>(s, p, plan.sequence, at.i0, first_key(plan),
+                                            plan.seen_from(first_key(plan)));
     // Not read where nobody asks: a load on its way holds up what follows.
     const int key0 = Traits::kDropout ? first_key(plan) : 0, i0 = Traits::kDropout ? at.i0 : 0;
     gradient.exponentiate(s, lse, terms.constants.factor, i0, key0);
@@ -239,7 +241,7 @@ struct BackwardWarpgroup {
     if (Traits::kDropout) dv.for_each([&](float& x, int, int) { x *= dropout_factor; });
     const int key0 = first_key(plan), rows = plan.sequence.len_k - key0;
     const auto head_of = [&](const Rows& x) {
-      return static_cast<T*>(x.data) + plan.batch * x.batch + (plan.sequence.first_k + key0) * x.row +
+      return static_cast<T*>(x.data) + plan.batch() * x.batch + (plan.sequence.first_k + key0) * x.row +
              plan.kv_head * x.head;
     };
     store_fragment<T>(head_of(p.dk), p.dk.row, p.head_dim, dk, 0, rows);

@@ -279,7 +279,7 @@ struct BiasWarpgroup {
         s.x[0][n][e + 1] = s.x[0][n][e + 1] * scale + bias.y;
       });
     }
-    if (step.boundary) hide_invisible<false>(s, p, step.sequence, i0, j0);
+    if (step.boundary) hide_invisible<false>(s, p, step.sequence, i0, j0, p.key_mask != nullptr);
     if (std::is_same_v<T, BFloat16> && !prepared && sees_lowest()) {
       s.for_each([](float& x, int, int) { x = x < kLowestBias && x != -CUDART_INF_F ? kLowestBias : x; });
     }

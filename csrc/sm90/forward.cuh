@@ -80,7 +80,8 @@ struct ForwardWarpgroup {
                                             RowVector<16>& correction) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if constexpr (Traits::kExtras) terms.apply(s, plan, place, row0, j0);
-    if (boundary) hide_invisible<false>(s, p, plan.sequence, row0, j0);
+    if (boundary)
+      hide_invisible<false, Traits::kMasked>(s, p, plan.sequence, row0, j0, plan.own[warpgroup].has_holes());
     RowVector<16> top;
     take_lane_max(top, s, 0, kKeys / 8);
     if constexpr (Traits::kExtras) terms.keep_lowest_visible(s, top);
@@ -286,13 +287,21 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   check_launch("forward");
 }
 
-template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS, bool MASKED>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
   if constexpr (has_small_tiles(HEAD_DIM, TERMS != Terms::kNone)) {
     if (prefers_small_tiles(p, small_tiles(DROPOUT, false), multiprocessor_count()))
-      return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, true>>(p, stream);
+      return launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, true, MASKED>>(p, stream);
   }
-  launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, false>>(p, stream);
+  launch_forward<ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS, false, MASKED>>(p, stream);
+}
+
+template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
+void run_forward(const AttentionParams& p, cudaStream_t stream) {
+  if constexpr (masks_apart(HEAD_DIM, TERMS != Terms::kNone)) {
+    if (p.key_mask == nullptr) return run_forward<T, HEAD_DIM, DROPOUT, TERMS, false>(p, stream);
+  }
+  run_forward<T, HEAD_DIM, DROPOUT, TERMS, true>(p, stream);
 }
 
 }  // namespace hf_flash::sm90

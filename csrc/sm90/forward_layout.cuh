@@ -15,9 +15,10 @@
 
 namespace hf_flash::sm90 {
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS, bool SMALL>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS, bool SMALL, bool MASKED = true>
 struct ForwardTraits {
   using T = ELEMENT;
+  static constexpr bool kMasked = MASKED;  // calls may have a mask of keys
   static constexpr bool kExtras = TERMS != Terms::kNone, kEveryTerm = TERMS == Terms::kEvery;
   static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, kExtras, SMALL);
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
@@ -63,10 +64,13 @@ struct ForwardPlan {
     const int lane = threadIdx.x % 32;
     const int begin = work.tile * Traits::kRows;
     const bool all = lane == Traits::kWarpgroups;
+    const bool holes = Traits::kMasked && work.tile >= 0 && p.key_mask != nullptr &&
+                       any_lane(hides_some(s.key_mask(p), s.len_k, s.key_begin, s.key_end, lane, kWarpThreads));
     if (lane <= Traits::kWarpgroups) {
       const int from = begin + (all ? 0 : 64 * lane);
       TileRange range(p, s, from, from + (all ? Traits::kRows : 64), Traits::kKeys);
       if (work.tile < 0) range = TileRange();
+      if (holes) range.hide_in_all();
       // Rows that are not computed may become anything: nothing is hidden from them.
       if (from >= s.query_end || from + 64 <= s.query_begin) range.common_begin = INT_MIN, range.common_end = INT_MAX;
       (all ? tiles : own[lane]) = range;

@@ -44,7 +44,7 @@ struct GradientTerms {
     } else if (kEveryTerm && constants.reads_scores) {
       scale *= kLog2E;
       s.for_each([&](float& x, int, int) { x *= scale; });
-      ScoreExtras<T, true> elements(p, plan.batch, at.head);
+      ScoreExtras<T, true> elements(p, plan.batch(), at.head);
       elements.slope = 0;
       elements.add(s, plan.sequence, at.i0, key0);
     }
@@ -54,7 +54,7 @@ struct GradientTerms {
   __device__ __forceinline__ void finish(Scores& ds, const BackwardPlan& plan, const BackwardStep& at, uint32_t place,
                                          int key0) const {
     if constexpr (!kEveryTerm) return;
-    const BiasGradient bias(p, plan.batch, at.head);
+    const BiasGradient bias(p, plan.batch(), at.head);
     if (bias.data != nullptr) bias.store(ds, plan.sequence, at.i0, key0);
     if (constants.cap != 0) multiply_by_slopes(ds, place);
   }

@@ -107,7 +107,7 @@ struct PairedWarpgroup {
     const BackwardStep& at = shared.step(step);
     if (at.boundary[warpgroup]) {
       const BackwardPlan& plan = shared.plan(at.plan);
-      hide_invisible<true>(scores, p, plan.sequence, at.i0, first_key(plan));
+      hide_invisible<true>(scores, p, plan.sequence, at.i0, first_key(plan), plan.seen_from(first_key(plan)));
     }
     const bool last = at.last;
     const float* lse = shared.row_values(step) + lane_col();
@@ -231,7 +231,7 @@ struct PairedWarpgroup {
     }
     const Rows& rows = kOwnsDv ? p.dv : p.dk;
     const int key0 = first_key(plan);
-    T* to = static_cast<T*>(rows.data) + plan.batch * rows.batch + (plan.sequence.first_k + key0) * rows.row +
+    T* to = static_cast<T*>(rows.data) + plan.batch() * rows.batch + (plan.sequence.first_k + key0) * rows.row +
             plan.kv_head * rows.head;
     store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0,
                       opaque(threadIdx.x % 4));

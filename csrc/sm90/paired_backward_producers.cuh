@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_paired_tiles(const AttentionParams& p, cons
         const Rows& rows = dout ? p.dout : p.q;
         const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
         load(QueryTile(), tile, dout ? maps.dout : maps.q, full, dirty, plan.sequence.first_q + i0,
-             coordinate_of(rows.head, head), coordinate_of(rows.batch, plan.batch), plan.sequence.query_begin - i0,
+             coordinate_of(rows.head, head), coordinate_of(rows.batch, plan.batch()), plan.sequence.query_begin - i0,
              plan.sequence.query_end - i0);
       };
       shared.steps.wait_empty(step);
@@ -60,7 +60,8 @@ __device__ __forceinline__ void copy_paired_tiles(const AttentionParams& p, cons
         shared.keys.wait_empty(n);
         load(KeyTile(), shared.key_tile(), owns_dv ? maps.k : maps.v, shared.keys.full(n), dirty,
              plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
-             coordinate_of(rows.batch, plan.batch), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
+             coordinate_of(rows.batch, plan.batch()), plan.sequence.key_begin - plan.j0,
+             plan.sequence.key_end - plan.j0);
         has_keys = true;
       }
       shared.summands.wait_empty(step);

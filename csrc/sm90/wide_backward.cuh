@@ -107,15 +107,14 @@ struct WideWarpgroup {
   __device__ __forceinline__ void exponentiate(uint32_t step) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
-    const Gradient gradient(p, plan.sequence, plan.batch, at.head);
+    const Gradient gradient(p, plan.sequence, plan.batch(), at.head);
     const int key0 = first_key(plan);
     terms.apply(scores, plan, at, step, GradientTerms<Traits>::place(shared.term_tile()), key0);
     if (terms.constants.copies_bias) {
       __syncwarp();
       shared.bias.release(step);
     }
-    if (at.i0 < plan.all[0].begin || at.i0 + kQueries > plan.all[0].end)
-      hide_invisible<true>(scores, p, plan.sequence, at.i0, key0);
+    if (at.boundary[0]) hide_invisible<true>(scores, p, plan.sequence, at.i0, key0, plan.seen_from(key0));
     gradient.exponentiate(scores, shared.row_values(step) + lane_col(), terms.constants.factor, at.i0, key0);
     __syncwarp();
     shared.steps.release(step);
@@ -220,7 +219,7 @@ struct WideWarpgroup {
     sum.for_each([&](float& x, int, int) { x *= factor; });
     const Rows& rows = kOwnsDv ? p.dv : p.dk;
     const int key0 = first_key(plan);
-    T* to = static_cast<T*>(rows.data) + plan.batch * rows.batch + (plan.sequence.first_k + key0) * rows.row +
+    T* to = static_cast<T*>(rows.data) + plan.batch() * rows.batch + (plan.sequence.first_k + key0) * rows.row +
             plan.kv_head * rows.head;
     store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0,
                       opaque(threadIdx.x % 4));

@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
     const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
       const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
       load(tile, map, full, dirty, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
-           coordinate_of(rows.batch, plan.batch), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
+           coordinate_of(rows.batch, plan.batch()), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
     };
     bool has_keys = false;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
       const auto load_queries = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
         const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
         load(tile, map, full, dirty, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
-             coordinate_of(rows.batch, plan.batch), plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
+             coordinate_of(rows.batch, plan.batch()), plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
       };
       shared.steps.wait_empty(step);
       load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
           mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
           load_tile<typename Traits::ScoreTile>(shared.term_tile(), maps.bias, shared.bias.full(step), i0,
                                                 coordinate_of(p.bias.head, head),
-                                                coordinate_of(p.bias.batch, plan.batch), plan.j0);
+                                                coordinate_of(p.bias.batch, plan.batch()), plan.j0);
         }
       }
       if (!has_keys) {
@@ -138,14 +138,14 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Sl
       const BackwardPlan& plan = shared.plan(at.plan);
       const Sequence& sequence = plan.sequence;
       if (accumulator.ordered) {
-        turns = accumulator.counter(sequence, plan.batch, at.head, at.i0) + warpgroup;
+        turns = accumulator.counter(sequence, plan.batch(), at.head, at.i0) + warpgroup;
         if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) {
           end_all_but(None());  // others may wait for that
           continue;
         }
         fence_async_proxy_global();
       }
-      rows = accumulator.rows(sequence, plan.batch, at.head, at.i0);
+      rows = accumulator.rows(sequence, plan.batch(), at.head, at.i0);
     }
     fence_async_proxy();  // here: it would hold up the consumers
     bulk_add_float(rows + Traits::kQueries * Slices::first_column(warpgroup, slice), shared.dq_tile(warpgroup, place),

@@ -32,6 +32,10 @@ def calls(device, dtype):
     slopes, sink = torch.rand(2, device=device), torch.randn(2, device=device)
     bias = torch.randn(1, 2, 77, 141, device=device, dtype=dtype)
     mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
+    yield *qkv, {"mask": mask}  # of keys alone, whose rows begin anywhere
+    aligned = torch.rand(2, 1, 1, 144, device=device) > 0.3
+    for head_dim in (64, 128, 192):
+        yield *make_qkv(device, dtype, 2, 77, 144, heads=2, head_dim=head_dim), {"mask": aligned} | ranges
     yield *qkv, ranges | {"window": (9, 4)}
     yield *qkv, ranges | dropout | {"bias": bias, "sink": sink, "alibi_slopes": slopes, "softcap": 3.0, "mask": mask}
     rows_for_tma = torch.nn.functional.pad(bias, (0, 3))[..., :141]
@@ -44,7 +48,9 @@ def calls(device, dtype):
     starts = {"cu_seqlens_q": int32([0, 33, 33, 88], device), "cu_seqlens_k": int32([0, 70, 75, 130], device)}
     yield q, k, v, starts | dropout | {"max_seqlen_q": 55, "max_seqlen_k": 70, "causal": True}
     wrong = {"cu_seqlens_q": int32([-4, 200, 7, 91], device), "cu_seqlens_k": int32([9, 3, 2**31 - 1, 0], device)}
-    yield q, k, v, wrong | {"max_seqlen_q": 90, "max_seqlen_k": 130}
+    wrong |= {"max_seqlen_q": 90, "max_seqlen_k": 130}
+    yield q, k, v, wrong
+    yield q, k, v, wrong | {"mask": torch.rand(3, 1, 1, 130, device=device) > 0.3}
 
 
 def main(device):

@@ -108,7 +108,8 @@ def test_which_kernel_serves(dropout_p, alibi):
         q, k, v = make_qkv("cuda", torch.float16, 2, 380, 376, heads=heads, head_dim=64)
         slopes = torch.rand(heads, device="cuda") if alibi else None
         ran = kernels_of(flash_attention, q, k, v, dropout_p=dropout_p, alibi_slopes=slopes)
-        found = [re.search(r"ForwardTraits<__half, 64, (\w+), \(\w+::Terms\)(\d), (\w+)>", kernel) for kernel in ran]
+        arguments = r"ForwardTraits<__half, 64, (\w+), \(\w+::Terms\)(\d), (\w+), \w+>"
+        found = [re.search(arguments, kernel) for kernel in ran]
         served[name] = [match.groups() for match in found if match]
     drops, none, linear, every = str(dropout_p > 0).lower(), "0", "1", "2"
     wanted = {

@@ -110,6 +110,6 @@ def test_the_order_is_fixed_without_asking_for_it(seqlen, head_dim, dropout_p):
 )  # fmt: skip
 def test_which_kernel_serves(seqlen, head_dim, options, relays):
     q, k, v = make_qkv("cuda", torch.float16, 2, seqlen, seqlen, heads=4, head_dim=head_dim)
-    arguments = r"BackwardTraits<__half, \d+, \w+, [^,]+, \d+, (\w+)>"
+    arguments = r"BackwardTraits<__half, \d+, \w+, [^,]+, \d+, (\w+), \w+>"
     found = [re.search(arguments, name) for name in kernels_of(run, q, k, v, options)]
     assert [match[1] for match in found if match] == [str(relays).lower()]

@@ -71,6 +71,20 @@ def test_step(tiny, models, name, padding):
     assert_same_step(tiny, trio, tiny.batch(name, padding, device="cuda", length=29))
 
 
+@pytest.mark.parametrize("padding", ["right", "holes"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "t5"])
+def test_a_step_reads_nothing_back(tiny, models, name, padding):
+    """The host runs ahead of the GPU from step to step: where it waited for a mask, the GPU would then wait for it."""
+    model = models(name)[2].train()
+    inputs = tiny.batch(name, padding, device="cuda", length=29)
+    model(**inputs).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("padding", ["right", "left", "holes"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_free(tiny, models, name, padding):

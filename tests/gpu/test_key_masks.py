@@ -1,0 +1,129 @@
+"""Masks of keys alone, (B, 1, 1, Sk): padding with holes, which the kernels look at where they look at the ranges."""
+
+import re
+
+import pytest
+import torch
+from attention_rule import check, int32, make_qkv, random_like, run, seed_tensor
+from served_kernels import kernels_of
+
+from hf_flash import flash_attention
+
+pytestmark = pytest.mark.gpu
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+LENGTH = 333  # rows of such a mask begin at no multiple of 4 bytes
+
+
+def key_mask(kind, batch=3, length=LENGTH):
+    """bool (B, 1, 1, Sk). The first sequence sees something in every kind."""
+    keys = torch.arange(length)
+    mask = {
+        "random": torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) > 0.4,
+        "one hole": keys[None] != torch.tensor([[0], [130], [length - 1]]),
+        "whole tiles": ((keys < 128) | (keys >= 256)) & (keys[None] % 2 < torch.tensor([[2], [1], [2]])),
+        "nothing": (keys < torch.tensor([[length], [0], [200]])),
+        "ends": (keys >= torch.tensor([[0], [70], [129]])) & (keys < torch.tensor([[300], [length], [200]])),
+    }[kind]
+    return mask[:, None, None].cuda()
+
+
+KINDS = pytest.mark.parametrize("kind", ["random", "one hole", "whole tiles", "nothing", "ends"])
+
+
+@DTYPES
+@KINDS
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_masks_of_keys(dtype, head_dim, kind):
+    q, k, v = make_qkv("cuda", dtype, 3, 150, LENGTH, heads=4, heads_k=2, head_dim=head_dim)
+    check(q, k, v, mask=key_mask(kind), dropout_p=0.1, dropout_seed=seed_tensor(3, "cuda"), small=True)
+    check(q, k, v, mask=key_mask(kind), causal=True, small=True)
+    check(q, k, v, mask=key_mask(kind)[1:2], window=(90, 40), small=True)  # one row for all sequences
+
+
+@DTYPES
+@KINDS
+@pytest.mark.parametrize("head_dim", [96, 192, 256])
+def test_masks_of_keys_of_other_head_dims(dtype, head_dim, kind):
+    q, k, v = make_qkv("cuda", dtype, 3, 70, LENGTH, head_dim=head_dim)
+    for dropout in ({}, {"dropout_p": 0.2, "dropout_seed": seed_tensor(3, "cuda")}):
+        check(q, k, v, mask=key_mask(kind), **dropout, small=True)
+
+
+@DTYPES
+@KINDS
+def test_masks_of_keys_beside_other_terms(dtype, kind):
+    q, k, v = make_qkv("cuda", dtype, 3, 128, 328, heads=2, head_dim=64)
+    bias = random_like(torch.empty(1, 2, 128, 328, device="cuda"), dtype, 5)
+    slopes = torch.tensor([0.25, 0.01], device="cuda")
+    mask = key_mask(kind, length=328)
+    dropout = {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}
+    check(q, k, v, mask=mask, bias=bias, small=True)
+    check(q, k, v, mask=mask, bias=bias, causal=True, **dropout, small=True)
+    check(q, k, v, mask=mask, alibi_slopes=slopes, **dropout, small=True)
+    check(q, k, v, mask=mask, softcap=2.0, sink=torch.tensor([0.3, -1.0], device="cuda"), small=True)
+
+
+@DTYPES
+def test_masks_of_keys_meet_ranges_and_long_calls(dtype):
+    """Ranges inside what the mask shows and across it; query tiles of 80 where the GPU has them."""
+    q, k, v = make_qkv("cuda", dtype, 3, 530, 800, heads=2, head_dim=128)
+    ranges = {"key_range": int32([[0, 800], [131, 600], [100, 400]], "cuda"), "deterministic": True}
+    for kind in ("random", "one hole", "nothing"):
+        check(q, k, v, mask=key_mask(kind, length=800), **ranges, small=True)
+    rows = int32([[0, 530], [7, 300], [9, 9]], "cuda")
+    check(q, k, v, mask=key_mask("random", length=800), query_range=rows, small=True)
+
+
+@DTYPES
+def test_masks_of_keys_in_a_packed_batch(dtype):
+    """Columns count from each sequence's start."""
+    q, k, v = make_qkv("cuda", dtype, None, 301, 420, heads=2, head_dim=64)
+    options = {
+        "cu_seqlens_q": int32([0, 100, 101, 301], "cuda"),
+        "cu_seqlens_k": int32([0, 140, 160, 420], "cuda"),
+        "max_seqlen_q": 200,
+        "max_seqlen_k": 260,
+    }
+    for kind in ("random", "one hole"):
+        check(q, k, v, mask=key_mask(kind, length=260), **options, small=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_mask_without_holes_changes_no_bit(dtype, head_dim, offset):
+    """All true, as none; padding, as its range alone. Wherever its rows begin."""
+    q, k, v = make_qkv("cuda", dtype, 2, 200, 240, heads=2, head_dim=head_dim)
+    begin, end = torch.tensor([[0], [33]]), torch.tensor([[240], [207]])
+    wide = torch.zeros(2, 1, 1, 240 + offset, dtype=torch.bool, device="cuda")
+    mask = wide[..., offset:]
+    keys = torch.arange(240)
+    mask[:] = ((keys >= begin) & (keys < end))[:, None, None]
+    key_range = torch.cat([begin, end], 1).to(torch.int32).cuda()
+    options = {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda"), "deterministic": True}
+    for masked, without in (
+        ({"mask": mask, "key_range": key_range}, {"key_range": key_range}),
+        ({"mask": torch.ones_like(mask)}, {}),
+    ):
+        got, want = run(q, k, v, options | masked), run(q, k, v, options | without)
+        for name, t in want.items():
+            assert torch.equal(got[name], t), name
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_mask_of_keys_takes_no_other_kernel(head_dim, dropout_p):
+    """The kernels of the same call with a range, but for the template argument that there may be such a mask."""
+    q, k, v = (t.requires_grad_() for t in make_qkv("cuda", torch.bfloat16, 2, 700, 700, head_dim=head_dim))
+
+    def step(**options):
+        flash_attention(q, k, v, dropout_p=dropout_p, **options).sum().backward()
+
+    def own_kernels(**options):
+        names = [name for name in kernels_of(step, **options) if "hf_flash" in name]
+        return sorted(re.sub(r"(Traits<[^>]*), \w+>", r"\1>", name) for name in names)
+
+    key_range = int32([[0, 700], [0, 500]], "cuda")
+    by_range = own_kernels(key_range=key_range)
+    assert own_kernels(key_range=key_range, mask=key_mask("random", 2, 700)) == by_range
+    assert any("forward_kernel" in name for name in by_range)
