@@ -81,10 +81,10 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
 }
 
 // Adds the slices of dQ to the accumulator by TMA, those of either warpgroup as they come; the next one is started
-// while one is read. In deterministic mode the key tiles of a query tile take turns, for each warpgroup's columns
-// apart. Nobody waits here for a turn: while one warpgroup's slice is early the other's may be the one that another CTA
-// waits for. One thread has to keep up with all slices: four pieces of 4 KB each, read one after the other, had it
-// bind.
+// while one is read. In deterministic mode the key tiles of a query tile take turns, which end when all additions of
+// the step are complete, long after they have been read. Nobody waits here for a turn: while one warpgroup's slice is
+// early the other's may be the one that another CTA waits for. One thread has to keep up with all slices: four pieces
+// of 4 KB each, read one after the other, had it bind.
 template <class Traits>
 __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const SlicedDqAccumulator& accumulator,
                                               bool rotates, const BackwardShared<Traits>& shared) {
@@ -94,18 +94,19 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Sl
   bool has_ended = false;
   uint32_t place = 0, other_place = 0;           // slices so far of the warpgroup that is looked at, and of the other
   float *rows = nullptr, *other_rows = nullptr;  // of their steps
-  // Of the slice that is under way: barrier of its place, and the counter of turns where it is the last of one.
+  uint32_t begun = 0;                            // steps whose turn has come
+  // Of the last addition: barrier of the place that is read, and the counter of turns where it ends one. Both are seen
+  // to later, when `newer` others have started; plan and step may be over then.
   uint32_t under_way = 0;
   int32_t* ends_turn = nullptr;
-  const auto end_all_but = [&](auto newer) {  // its warpgroup goes on; plan and step may be over now
-    if (accumulator.ordered) {
-      bulk_wait<newer>();
-    } else {
-      bulk_wait_read<newer>();
-    }
+  const auto give_place_back = [&](auto newer) {
+    bulk_wait_read<newer>();
     if (under_way != 0) mbarrier_arrive(under_way);
     under_way = 0;
+  };
+  const auto end_turn = [&](auto newer) {
     if (ends_turn == nullptr) return;
+    bulk_wait<newer>();
     fence_async_proxy_global();
     add_release(ends_turn, 1);
     ends_turn = nullptr;
@@ -121,42 +122,49 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Sl
     rows = other_rows;
     other_rows = last_rows;
     const auto ring = shared.dq(warpgroup);
-    if (!mbarrier_ends_now(ring.full(place), ring.parity(place))) {
-      end_all_but(None());
-      continue;
-    }
-    const int slice = place % Slices::kCount;
-    const BackwardStep& at = shared.step(place / Slices::kCount);
-    if (at.plan < 0) {
-      if (has_ended) break;
-      has_ended = true;
-      ++place;
-      continue;
-    }
-    int32_t* turns = nullptr;
-    if (slice == 0 || accumulator.ordered) {
-      const BackwardPlan& plan = shared.plan(at.plan);
-      const Sequence& sequence = plan.sequence;
-      if (accumulator.ordered) {
-        turns = accumulator.counter(sequence, plan.batch(), at.head, at.i0) + warpgroup;
-        if (slice == 0 && load_acquire(turns) < turn_of<Traits>(p, plan, at.head, at.i0, rotates)) {
-          end_all_but(None());  // others may wait for that
-          continue;
+    const uint32_t slice = place % Slices::kCount, step = place / Slices::kCount;
+    const bool arrived = mbarrier_ends_now(ring.full(place), ring.parity(place));
+    // A step's turn is asked for as soon as its word is there, while nobody waits for the answer.
+    const bool asks = accumulator.ordered && step >= begun &&
+                      (arrived || mbarrier_ends_now(shared.steps.full(step), shared.steps.parity(step)));
+    int32_t* turn = nullptr;
+    bool exists = false;
+    if (arrived || asks) {
+      const BackwardStep& at = shared.step(step);
+      exists = at.plan >= 0;
+      if (exists) {
+        const BackwardPlan& plan = shared.plan(at.plan);
+        if (accumulator.ordered) turn = accumulator.counter(plan.sequence, plan.batch(), at.head, at.i0);
+        if (asks && load_acquire(turn) >= turn_of<Traits>(p, plan, at.head, at.i0, rotates)) {
+          fence_async_proxy_global();
+          ++begun;
         }
-        fence_async_proxy_global();
+        if (slice == 0) rows = accumulator.rows(plan.sequence, plan.batch(), at.head, at.i0);
+      } else if (arrived) {
+        if (has_ended) break;
+        has_ended = true;
+        ++place;
+        continue;
       }
-      rows = accumulator.rows(sequence, plan.batch(), at.head, at.i0);
+    }
+    const bool starts = arrived && exists && (!accumulator.ordered || step < begun);
+    if (!starts) {
+      give_place_back(None());
+      end_turn(None());  // others may wait for that
+      continue;
     }
     fence_async_proxy();  // here: it would hold up the consumers
     bulk_add_float(rows + Traits::kQueries * Slices::first_column(warpgroup, slice), shared.dq_tile(warpgroup, place),
                    Traits::kQueries * Slices::columns(slice) * static_cast<int>(sizeof(float)));
     bulk_commit();
-    end_all_but(One());
+    give_place_back(One());
     under_way = ring.empty(place);
-    if (slice == Slices::kCount - 1) ends_turn = turns;
+    end_turn(One());
+    if (slice == Slices::kCount - 1 && other_place > place) ends_turn = turn;
     ++place;
   }
-  end_all_but(None());
+  give_place_back(None());
+  end_turn(None());
   bulk_wait<0>();
 }
 
