@@ -31,6 +31,13 @@ def test_one_row_with_a_hole_keeps_the_others_right():
     assert ranges.tolist() == [[0, 2], [0, 3], [1, 4]] and torch.equal(mask[:, 0, 0], padding)
 
 
+def test_off_the_cpu_nothing_is_read_back():
+    """A tensor without data would raise where somebody asked for a value."""
+    padding = torch.ones(2, 5, dtype=torch.bool, device="meta")
+    ranges, mask = key_ranges(padding)
+    assert ranges.shape == (2, 2) and ranges.dtype == torch.int32 and mask.shape == (2, 1, 1, 5)
+
+
 def test_what_hides_keys():
     keys = torch.ones(2, 1, 1, 4, dtype=torch.bool)
     padding = keys.clone()

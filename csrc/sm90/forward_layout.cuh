@@ -59,13 +59,18 @@ struct ForwardPlan {
   TileRange tiles;  // of the CTA
   TileRange own[Traits::kWarpgroups];
 
+  // By a warp: does a mask hide some key of those that the rows of a piece of work see otherwise?
+  __device__ static bool finds_holes(const AttentionParams& p, const Sequence& s,
+                                     const PersistentSchedule::Work& work) {
+    if (!Traits::kMasked || p.key_mask == nullptr || work.tile < 0) return false;
+    const KeyRange seen = s.keys_of(p, work.tile * Traits::kRows, (work.tile + 1) * Traits::kRows);
+    return any_lane(hides_some(s.key_mask(p), s.len_k, seen.begin, seen.end, threadIdx.x % 32, kWarpThreads));
+  }
   // By a warp: each lane works out a part.
-  __device__ void make(const AttentionParams& p, const Sequence& s, const PersistentSchedule::Work& work) {
+  __device__ void make(const AttentionParams& p, const Sequence& s, const PersistentSchedule::Work& work, bool holes) {
     const int lane = threadIdx.x % 32;
     const int begin = work.tile * Traits::kRows;
     const bool all = lane == Traits::kWarpgroups;
-    const bool holes = Traits::kMasked && work.tile >= 0 && p.key_mask != nullptr &&
-                       any_lane(hides_some(s.key_mask(p), s.len_k, s.key_begin, s.key_end, lane, kWarpThreads));
     if (lane <= Traits::kWarpgroups) {
       const int from = begin + (all ? 0 : 64 * lane);
       TileRange range(p, s, from, from + (all ? Traits::kRows : 64), Traits::kKeys);

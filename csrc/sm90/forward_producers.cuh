@@ -39,8 +39,9 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     const Sequence sequence(p, last ? 0 : work.batch);
     // A shorter sequence than the longest, or no work in this round.
     if (!last && work.tile * Traits::kRows >= sequence.len_q) continue;
+    const bool holes = ForwardPlan<Traits>::finds_holes(p, sequence, work);  // before the wait, which hides it
     shared.q.wait_empty(n);
-    shared.plan(n).make(p, sequence, work);
+    shared.plan(n).make(p, sequence, work, holes);
     __syncwarp();
     if (!last && shared.plan(n).tiles.empty()) {
       store_nothing(p, shared.plan(n));
