@@ -105,10 +105,13 @@ def measure(cell: tuple, rounds: int) -> list[dict]:
         rows[-1].update(found)
     times = {attention: [] for attention in steps}
     for _ in range(rounds):
-        for attention, step in steps.items():
-            times[attention].append(milliseconds(step))
+        for attention in [name for name in times if times[name] is not None]:
+            try:
+                times[attention].append(milliseconds(steps[attention]))
+            except torch.OutOfMemoryError:  # beside the others' models
+                times[attention] = None
     for row in rows:
-        if row["attention"] in times:
+        if times.get(row["attention"]):
             row["step_ms"] = round(statistics.median(times[row["attention"]]), 1)
     return rows
 

@@ -115,7 +115,7 @@ def make_mask(
     if attention_mask is not None:
         padding = masking.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = padding[0] if isinstance(padding, tuple) else padding
-        key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool))
+        key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool, copy=True))
     return Visibility(
         batch_size, q_length, kv_length, window=window, query_offset=offset, key_range=key_range, mask=mask, ids=ids,
         unpadded=attention_mask is None and ids is None,
@@ -136,7 +136,7 @@ def _implied(module, q_length, k_length, is_causal, sliding_window, padding=None
         left = right = sliding_window - 1
     right = 0 if causal else right
     offset = 0 if q_length > 1 else k_length - 1
-    key_range, mask = (None, None) if padding is None else key_ranges(padding.to(torch.bool))
+    key_range, mask = (None, None) if padding is None else key_ranges(padding.to(torch.bool, copy=True))
     return Visibility(
         1 if padding is None else padding.shape[0], q_length, k_length, window=(left, right), query_offset=offset,
         key_range=key_range, mask=mask, unpadded=padding is None,

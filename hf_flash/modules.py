@@ -141,7 +141,7 @@ def _refuse_weights(need_weights):
 
 
 def _attend_with_padding(qkv, keep, options):
-    """Padding at the ends of the rows becomes ranges; holes need a mask as well."""
+    """Padding at the ends of the rows becomes ranges; holes, and what may have some, need a mask as well."""
     if keep.dtype != torch.bool:
         raise TypeError(f"hf_flash [ARGUMENT]: `key_padding_mask` has dtype {keep.dtype}; it must be bool, True = keep")
     if keep.shape != qkv.shape[:2]:
@@ -149,7 +149,7 @@ def _attend_with_padding(qkv, keep, options):
             f"hf_flash [ARGUMENT]: `key_padding_mask` has shape {tuple(keep.shape)}; it must be (B, S) = "
             f"{tuple(qkv.shape[:2])}"
         )
-    key_range, holes = key_ranges(keep)
+    key_range, holes = key_ranges(keep, waits=options["mask"] is not None)  # the two together would be quadratic
     options |= {"key_range": key_range, "query_range": key_range}
     if holes is not None:
         options["mask"] = holes if options["mask"] is None else options["mask"] & holes

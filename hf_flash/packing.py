@@ -105,11 +105,12 @@ def rows_of_heads(t: torch.Tensor, packed: bool) -> torch.Tensor:
     return t.flatten(0, 1) if packed else t
 
 
-def key_ranges(padding: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """A padding mask ``(B, Sk)`` bool as ``key_range`` int32 (B, 2), with a mask (B, 1, 1, Sk) where it has holes.
 
-    On the CPU the answer is (None, None) when every key is visible. On a GPU and under torch.compile nothing is read
-    back, for which a training step would wait: it is always range and mask together, and kernels look for holes.
+    On the CPU, or if the host ``waits`` for the device, the answer is (None, None) when every key is visible. Otherwise
+    nothing is read back, for which a training step would wait: it is always range and mask together, and kernels look
+    for holes. So it is under torch.compile. The mask may be a view of ``padding``.
     """
     length = padding.shape[1]
     ints = padding.to(torch.int32)
@@ -117,7 +118,7 @@ def key_ranges(padding: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor
     count = ints.sum(1)
     end = torch.where(count > 0, length - ints.flip(1).argmax(1), begin)
     ranges = torch.stack([begin, end], 1).to(torch.int32)
-    if torch.compiler.is_compiling() or padding.device.type != "cpu":
+    if torch.compiler.is_compiling() or not (waits or padding.device.type == "cpu"):
         return ranges, padding[:, None, None, :]
     all_visible, no_holes = torch.stack([count.eq(length).all(), count.eq(end - begin).all()]).tolist()
     if all_visible:
@@ -149,7 +150,7 @@ class Visibility:
         self._packing = packing
         self._offsets = {}
         self._positions = None
-        self._hides_keys = None
+        self._hides_keys = []  # the answer, once it is known
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -207,10 +208,12 @@ class Visibility:
 
     def bidirectional(self) -> Visibility:
         """Self without the causal limit."""
-        return Visibility(
+        visible = Visibility(
             self.batch, self.q_length, self.k_length, window=(self.window[0], -1), query_offset=self.query_offset,
             key_range=self.key_range, mask=self.mask, ids=self.ids, packing=self._packing, unpadded=self.unpadded,
         )  # fmt: skip
+        visible._hides_keys = self._hides_keys
+        return visible
 
     def arguments(self, batch: int, q_length: int, k_length: int, device) -> dict:
         """Keywords for flash_attention on q ``(B, Sq, H, D)`` and k ``(B, Sk, H, D)``; ``cu_seqlens`` among them when
@@ -265,9 +268,12 @@ class Visibility:
         """Whether ``key_range`` or ``mask`` hides a key. May read a padding mask back from its device, once."""
         if self.mask is None or self.mask.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
             return self.key_range is not None or self.mask is not None
-        if self._hides_keys is None:
-            self._hides_keys = not bool(self.mask.all())
-        return self._hides_keys
+        if not self._hides_keys:
+            shown = self.mask.all()
+            if self.key_range is not None:
+                shown = shown & (self.key_range[:, 0] <= 0).all() & (self.key_range[:, 1] >= self.k_length).all()
+            self._hides_keys.append(not bool(shown))
+        return self._hides_keys[0]
 
     def is_plain(self, q_length: int, k_length: int) -> str | None:
         """ "full" or "causal" where scaled_dot_product_attention needs no mask, otherwise None."""

@@ -43,11 +43,13 @@ def test_what_hides_keys():
     padding = keys.clone()
     padding[1, ..., 3:] = False
     ranges = torch.tensor([[0, 4], [0, 3]], dtype=torch.int32)
-    assert not Visibility(2, 4, 4).hides_keys() and not Visibility(2, 4, 4, mask=keys, key_range=ranges).hides_keys()
+    all_keys = torch.tensor([[0, 4], [0, 4]], dtype=torch.int32)
+    assert not Visibility(2, 4, 4).hides_keys() and not Visibility(2, 4, 4, mask=keys, key_range=all_keys).hides_keys()
+    assert Visibility(2, 4, 4, mask=keys, key_range=ranges).hides_keys()
     assert Visibility(2, 4, 4, mask=padding, key_range=ranges).hides_keys()
     assert Visibility(2, 4, 4, key_range=ranges).hides_keys()
     assert Visibility(2, 4, 4, mask=torch.ones(2, 1, 4, 4, dtype=torch.bool)).hides_keys()  # nobody looks through it
-    assert Visibility(2, 4, 4, mask=keys, key_range=ranges).is_plain(4, 4) == "full"
+    assert Visibility(2, 4, 4, mask=keys, key_range=all_keys).is_plain(4, 4) == "full"
     assert Visibility(2, 4, 4, mask=padding, key_range=ranges).is_plain(4, 4) is None
 
 

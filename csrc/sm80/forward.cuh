@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   }
   __syncthreads();
   const Sequence& sequence = plan.sequence;
-  if (!Traits::kExtras && p.key_mask != nullptr) plan.find_holes(p);
+  if (p.key_mask != nullptr) plan.find_holes(p);
 
   // Tiles of K and V alternate between two places each, given as bytes from kv_tiles.
   const auto k_place = [](int tile) { return static_cast<uint32_t>((tile & 1) * KVTile::kBytes); };
@@ -234,7 +234,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   };
 
   const int warp = threadIdx.x / 32, warp_row0 = row0 + warp * kWarpRows;
-  const ScoreExtras<T, false> extras(p, b, h);
+  ScoreExtras<T, false> extras(p, b, h);
+  if (p.key_mask != nullptr && !plan.own[warp].has_holes()) extras.mask = nullptr;
   const FragmentDropout<false> dropout(p, b * p.heads_q + h);
   // Scores count as s * factor in log2 units; with extras they are brought there first.
   const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;

@@ -11,8 +11,8 @@ namespace hf_flash::sm80 {
 // Head dimensions that are compiled; a call uses the smallest that holds both D and Dv.
 constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 
-// DROPOUT: the call may drop. EXTRAS: it may have softcap, ALiBi, bias or mask, and may drop too. Above 128 one
-// variant, (true, true), does everything: such heads are rare, and code size and build time are not.
+// DROPOUT: the call may drop. EXTRAS: it may have softcap, ALiBi, bias or a mask of more than keys, and may drop too.
+// Above 128 one variant, (true, true), does everything: such heads are rare, and code size and build time are not.
 constexpr bool has_variants(int head_dim) { return head_dim <= 128; }
 
 // T: __half or __nv_bfloat16. Launches on the stream.

@@ -43,7 +43,7 @@ inline bool linear_terms_alone(const AttentionParams& p) {
 }
 
 // Of the biases whose gradients are sums those with rows and columns of their own that the TMA engine can read, no mask
-// beside them; the mma.sync kernel serves the others.
+// but of keys alone beside them; the mma.sync kernel serves the others.
 inline bool has_bias_gradient(const AttentionParams& p) {
   return tma_reads_bias(p) && p.mask.data == nullptr && p.dbias.row != 0 && p.dbias.col != 0 &&
          p.dbias.dtype == p.dtype && p.total_q > 0 && p.total_k > 0;

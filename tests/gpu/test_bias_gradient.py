@@ -1,7 +1,8 @@
 """The gradient of a bias that broadcasts over batch or heads, on the kernels of every architecture.
 
 Hopper's own kernel serves a bias whose rows TMA can read: of the inputs' dtype, each row at a multiple of 16 bytes, no
-mask beside it. The others stay with the mma.sync kernel: cases of strides, dtype and mask stand beside ones that do.
+mask but of keys beside it. The others stay with the mma.sync kernel: cases of strides, dtype and mask stand beside ones
+that do.
 """
 
 import math
@@ -59,6 +60,8 @@ def test_terms_beside_the_bias(dtype):
     check(q, k, v, **options, alibi_slopes=slopes, small=True)
     mask = torch.arange(200, device="cuda") % 7 != 3
     check(q, k, v, **options, mask=mask[None, None, None], small=True)
+    rows = torch.arange(140, device="cuda") % 5 != 2
+    check(q, k, v, **options, mask=mask[None, None, None] | rows[None, None, :, None], small=True)
 
 
 @DTYPES
