@@ -10,6 +10,7 @@ BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10'
 SOURCES := setup.py MANIFEST.in $(shell find csrc -name '[!_.]*' -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 PYTEST = $(PY) -m pytest -q --durations=10
+GPU_PROCESSES ?= 12
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest gpu-test sanitize build lint format bench wheel torch-matrix clean
@@ -58,7 +59,7 @@ test-oldest: $(OLDEST)/.packages  ## BERT, GPT-2 and T5 on the oldest supported 
 	$(OLDEST)/bin/python -m pytest -q -k "bert or gpt2 or t5" tests/transformers
 
 gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU, with each architecture's kernels; HF_FLASH_ARCH=sm90: one's
-	$(PYTEST) -m "gpu and not sanitizer" tests
+	$(PYTEST) -n $(GPU_PROCESSES) --dist worksteal -m "gpu and not sanitizer" tests
 
 sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels, likewise; needs a CUDA GPU
 	$(PYTEST) -m sanitizer tests

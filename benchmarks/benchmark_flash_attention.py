@@ -36,12 +36,13 @@ def measure(case: Case, peers: list[Peer], rounds: int) -> tuple[list[dict], lis
     case.build()
     running, rows, left_out = {}, [], []
     for peer in peers_of(case, peers):
-        if reason := peer.cannot(case):
+        own = case.plain() if peer.plain else case
+        if reason := peer.cannot(own):
             left_out.append(f"{case.section}: {peer.name} {reason}")
             continue
         measured = None
         try:
-            measured = Measured(case, peer.prepare(case), peer.environment)
+            measured = Measured(own, peer.prepare(own), peer.environment)
             measured.warm_up()
             running[peer.name] = measured
         except Exception as error:  # out of memory, or a case that the peer rejects: both belong into the table
@@ -64,8 +65,8 @@ def measure(case: Case, peers: list[Peer], rounds: int) -> tuple[list[dict], lis
                 **head_of(case, name),
                 "fwd_ms": round(forward, 4),
                 "bwd_ms": round(backward, 4),
-                "fwd_tflops": round(case.flops / forward / 1e9, 1),
-                "bwd_tflops": round(2.5 * case.flops / backward / 1e9, 1),
+                "fwd_tflops": round(measured.case.flops / forward / 1e9, 1),
+                "bwd_tflops": round(2.5 * measured.case.flops / backward / 1e9, 1),
                 "peak_mib": round(measured.peak_mib, 1),
             }
         )

@@ -20,7 +20,7 @@ EVERY = (FLASH, EFFICIENT, *BEST)
 class Goal:
     """words: what is compared, for the heading. what: "forward", "backward", "both", or "memory".
 
-    against: peers, of which the fastest counts; or "plain": our plain cell of the same section and D, by rate; or
+    against: peers, of which the fastest counts; or "plain": our plain cell of the same shape, by rate; or
     "rate": nothing, the floor is in TFLOP/s. cells: which rows it is about. mean: the floor of the geometric mean.
     """
 
@@ -152,8 +152,7 @@ def judge(goal: Goal, rows: Iterable[dict]) -> list[Verdict]:
             found = rate(row, goal.what)
             verdicts.append(Verdict(where, found, None, "TFLOP/s", found))
         elif goal.against == "plain":
-            base = "causal" if row["causal"] else "plain"
-            same = [r for r in mine if r["variant"] == base and (r["D"], r["dtype"]) == (row["D"], row["dtype"])]
+            same = [r for r in rows if r["peer"] == f"{goal.ours} plain" and cell_of(r) == cell_of(row)]
             best = rate(same[0], goal.what) if same else None
             found = rate(row, goal.what)
             verdicts.append(Verdict(where, found, best, "plain", found / best if best else None))

@@ -28,6 +28,7 @@ class Peer:
     Every tensor of the autograd graph must be made inside that function: what is made before has the stream of then,
     and a CUDA graph that meets another stream in its backward cannot be captured. lacks: term of a case -> why this
     peer cannot compute it. sections: where alone it runs; empty for everywhere. environment: set around each call.
+    plain: it runs the plain cell of a case's shape, in turns with the others, so that both meet the same clock.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Peer:
     lacks: dict[str, str] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    plain: bool = False
 
     def cannot(self, case: Case) -> str | None:
         """Why this peer is left out of a case that its section has it in, or None."""
@@ -171,6 +173,7 @@ def all_peers(flex: bool = True) -> tuple[list[Peer], dict[str, str]]:
     cudnn_lacks = NOT_PACKED | NO_CHOICE | {"bias": "has no gradient of a bias", "alibi": "has no ALiBi"}
     peers = [
         Peer("hf_flash", _hf_flash),
+        Peer("hf_flash plain", _hf_flash, sections=("packed", "bias", "extras"), plain=True),
         Peer("hf_flash sm80", _hf_flash, sections=("arch",), environment={"HF_FLASH_ARCH": "sm80"}),
         Peer("flash (torch)", _torch_flash, NO_MASK | NO_BIAS | NO_CHOICE),
         Peer(
@@ -200,7 +203,8 @@ def peers_of(case: Case, peers: list[Peer]) -> list[Peer]:
     if case.section == "standard":  # the yardstick of its own section: hf_flash alone stands beside it
         return [peer for peer in here if peer.name in ("hf_flash", "standard")]
     if case.section == "extras":
-        return [peer for peer in here if peer.name in ("hf_flash", "mem-efficient (torch)", "flash-attn 4")]
+        names = ("hf_flash", "hf_flash plain", "mem-efficient (torch)", "flash-attn 4")
+        return [peer for peer in here if peer.name in names]
     if case.section == "arch":  # the yardstick of the mma.sync kernels is what they stand beside on other GPUs
         names = {"hf_flash", "hf_flash sm80", "flash (torch)"}
         if {"padding", "bias"} & set(case.terms):

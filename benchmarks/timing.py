@@ -90,7 +90,7 @@ class Measured:
         return statistics.median(self.forward_samples), statistics.median(self.backward_samples)
 
     def release(self) -> None:
-        self.out = self.graphs = self.call = self._gradients = None
+        self.case = self.out = self.graphs = self.call = self._gradients = None
 
 
 def capture(run, pool=None) -> torch.cuda.CUDAGraph:

@@ -144,16 +144,19 @@ class Draw:
         return ", ".join(f"{name}={short(x)}" for name, x in (tensors | self.options).items())
 
 
-def seeds(count):
-    """The seeds to run: 0 to count - 1, or the one in HF_FLASH_FUZZ_SEED; HF_FLASH_FUZZ_COUNT changes the count."""
+def seeds(count, part=0, parts=1):
+    """The seeds to run: every ``parts``-th from ``part`` to count - 1, or the one in HF_FLASH_FUZZ_SEED.
+
+    HF_FLASH_FUZZ_COUNT changes the count.
+    """
     if one := os.environ.get("HF_FLASH_FUZZ_SEED"):
         return [int(one)]
-    return range(int(os.environ.get("HF_FLASH_FUZZ_COUNT", count)))
+    return range(part, int(os.environ.get("HF_FLASH_FUZZ_COUNT", count)), parts)
 
 
-def fuzz(count, device, dtype, **limits):
-    """Judge ``count`` random calls; a failure says what the call was and how to repeat it alone."""
-    for seed in seeds(count):
+def fuzz(count, device, dtype, part=0, parts=1, **limits):
+    """Judge ``count`` random calls, or a part of them; a failure says what the call was and how to repeat it alone."""
+    for seed in seeds(count, part, parts):
         call = Draw(seed, device, dtype, **limits)
         try:
             check(call.q, call.k, call.v, dout=call.dout, small=True, **call.options)

@@ -5,6 +5,7 @@ kernels of each architecture that the GPU can run, ``HF_FLASH_ARCH`` set meanwhi
 the device themselves. Nothing here needs the source tree, so the folder also tests an installed wheel.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -79,6 +80,13 @@ def pytest_runtest_setup(item):
         arch = item.callspec.params["arch"] if hasattr(item, "callspec") else "default"
         if arch not in (*HERE, "default"):
             pytest.skip(f"the {arch} kernels need another GPU, or another HF_FLASH_ARCH than {' or '.join(HERE)}")
+
+
+def pytest_runtest_teardown(item):
+    """Where several processes share the GPU none keeps the memory of its last test."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-// Rows that no tile reaches, the gradient of the sinks, and the dropout mask as a tensor.
+// Rows that no tile reaches, the ranges of a mask of keys, the gradient of the sinks, and the dropout mask as a tensor.
+#include <climits>
 #include <cmath>
 
 #include "attention/dropout.h"
@@ -53,6 +54,27 @@ __global__ void __launch_bounds__(kThreads) gaps_backward_kernel(const Attention
   zero_rows(p.dq, queries.begin, queries.end, p.heads_q, p.head_dim);
   zero_rows(p.dk, keys.begin, keys.end, p.heads_k, p.head_dim);
   zero_rows(p.dv, keys.begin, keys.end, p.heads_k, p.head_dim_v);
+}
+
+// One block a sequence: from the first key that its mask shows to the last.
+__global__ void __launch_bounds__(1024) key_ranges_kernel(const AttentionParams p, int32_t* ranges) {
+  const uint8_t* const mask = p.key_mask + blockIdx.x * p.mask.batch;
+  int32_t first = INT_MAX, last = -1;
+#pragma unroll 4
+  for (int32_t j = threadIdx.x; j < p.seqlen_k; j += blockDim.x) {
+    if (mask[j] == 0) continue;
+    first = min(first, j);
+    last = j;
+  }
+  __shared__ int32_t firsts[32], lasts[32];
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  firsts[warp] = __reduce_min_sync(0xFFFFFFFF, first);
+  lasts[warp] = __reduce_max_sync(0xFFFFFFFF, last);
+  __syncthreads();
+  if (warp > 0) return;
+  first = __reduce_min_sync(0xFFFFFFFF, firsts[lane]);
+  last = __reduce_max_sync(0xFFFFFFFF, lasts[lane]);
+  if (lane < 2) ranges[2 * blockIdx.x + lane] = lane == 1 ? last + 1 : last < 0 ? 0 : first;
 }
 
 // One block a query head: its threads' partial sums are added in a fixed tree.
@@ -117,6 +139,11 @@ void sink_gradient(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace hf_flash::portable
 
 namespace hf_flash::cuda {
+
+void key_ranges(const AttentionParams& p, int32_t* ranges, void* stream) {
+  portable::key_ranges_kernel<<<p.batch, 1024, 0, static_cast<cudaStream_t>(stream)>>>(p, ranges);
+  check_launch("key_ranges");
+}
 
 void dropout_mask(bool* mask, const int64_t* seed, int64_t planes, int64_t rows, int64_t cols, int keep, void* stream) {
   const int64_t threads = planes * ((rows + 15) / 16) * ((cols + 15) / 16) * 16;

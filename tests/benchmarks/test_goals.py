@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the repository")
@@ -14,6 +15,14 @@ def goals(monkeypatch):
     import goals
 
     return goals
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peers
+
+    return peers
 
 
 @pytest.fixture
@@ -46,22 +55,35 @@ def test_a_peer_that_failed_or_is_missing_is_no_verdict(goals):
 
 def test_against_our_plain_cell_by_rate(goals):
     goal = goals.Goal("", "extras", "forward", "plain", 0.6, cells=goals.has("alibi"))
-    rows = [row("hf_flash", 1.0, section="extras"), row("hf_flash", 2.0, section="extras", variant="alibi")]
-    rows += [row("hf_flash", 0.5, section="extras", variant="alibi", D=128)]
+    cell = {"section": "extras", "variant": "alibi"}
+    rows = [row("hf_flash plain", 1.0, **cell), row("hf_flash", 2.0, **cell), row("hf_flash", 0.5, **cell, D=128)]
     here, alone = goals.judge(goal, rows)
     assert here.ratio == pytest.approx(0.5) and here.met(goal.floor) is False
-    assert alone.ratio is None  # no plain cell of D 128
+    assert alone.ratio is None  # nobody ran the plain cell of D 128
 
 
-def test_every_goal_has_cells_in_its_section(goals, cases):
+def test_every_goal_has_cells_in_its_section(goals, cases, peers):
+    everyone, _ = peers.all_peers(flex=False)
     for goal in goals.GOALS:
         made = [
-            {"variant": c.variant, "S": c.S, "D": c.D, "causal": c.causal, "dropout": c.dropout}
+            (c, {"variant": c.variant, "S": c.S, "D": c.D, "causal": c.causal, "dropout": c.dropout})
             for c in cases.cases_of(goal.section)
         ]
-        assert any(goal.cells(cell) for cell in made), goal
+        meant = [case for case, cell in made if goal.cells(cell)]
+        assert meant, goal
         if goal.against == "plain":
-            assert any(cell["variant"] in ("plain", "causal") for cell in made), goal
+            names = [{peer.name for peer in peers.peers_of(case, everyone)} for case in meant]
+            assert all({goal.ours, f"{goal.ours} plain"} <= here for here in names), goal
+
+
+def test_the_plain_cell_of_a_case_has_its_rows_and_nothing_else(cases):
+    for case in cases.packed("packed") + cases.bert("bias", (512,), terms=("bias", "graph")):
+        tokens = sum(cases.RAGGED) if "packed" in case.terms else case.B * case.S
+        case.q = case.k = case.v = case.dout = torch.empty(tokens, case.H, case.D, device="meta")
+        plain = case.plain()
+        assert plain.q.shape == (plain.B, plain.S, case.H, case.D) and tokens == plain.B * plain.S
+        assert len(plain.inputs) == 3 and plain.dropout == 0 and plain.causal == case.causal
+        assert set(plain.terms) <= {"graph"} and plain.variant in ("plain", "causal", "graph")
 
 
 def test_cells_are_named_apart(cases):

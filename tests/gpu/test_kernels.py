@@ -16,9 +16,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 
 @DTYPES
-def test_random_calls_obey_the_rule(dtype):
-    """2,200 calls in all, longer than the CPU's."""
-    fuzz(1100, "cuda", dtype, longest=260)
+@pytest.mark.parametrize("part", range(10))
+def test_random_calls_obey_the_rule(dtype, part):
+    """2,200 calls in all, longer than the CPU's, in parts that several processes share."""
+    fuzz(1100, "cuda", dtype, part, parts=10, longest=260)
 
 
 @DTYPES

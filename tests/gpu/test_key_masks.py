@@ -92,7 +92,7 @@ def test_masks_of_keys_in_a_packed_batch(dtype):
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_mask_without_holes_changes_no_bit(dtype, head_dim, offset):
-    """All true, as none; padding, as its range alone. Wherever its rows begin."""
+    """All true, as none; padding, with its range or without, as the range alone. Wherever its rows begin."""
     q, k, v = make_qkv("cuda", dtype, 2, 200, 240, heads=2, head_dim=head_dim)
     begin, end = torch.tensor([[0], [33]]), torch.tensor([[240], [207]])
     wide = torch.zeros(2, 1, 1, 240 + offset, dtype=torch.bool, device="cuda")
@@ -103,6 +103,7 @@ def test_a_mask_without_holes_changes_no_bit(dtype, head_dim, offset):
     options = {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda"), "deterministic": True}
     for masked, without in (
         ({"mask": mask, "key_range": key_range}, {"key_range": key_range}),
+        ({"mask": mask}, {"key_range": key_range}),
         ({"mask": torch.ones_like(mask)}, {}),
     ):
         got, want = run(q, k, v, options | masked), run(q, k, v, options | without)
@@ -125,5 +126,28 @@ def test_a_mask_of_keys_takes_no_other_kernel(head_dim, dropout_p):
 
     key_range = int32([[0, 700], [0, 500]], "cuda")
     by_range = own_kernels(key_range=key_range)
-    assert own_kernels(key_range=key_range, mask=key_mask("random", 2, 700)) == by_range
     assert any("forward_kernel" in name for name in by_range)
+    mask = key_mask("random", 2, 700)
+    assert own_kernels(key_range=key_range, mask=mask) == by_range
+    alone = own_kernels(mask=mask)  # each pass finds the range of what the mask shows
+    assert sum("key_ranges" in name for name in alone) == 2
+    assert [name for name in alone if "key_ranges" not in name] == by_range
+
+
+@pytest.mark.parametrize("shown", [(0, 0), (0, 1), (299, 300), (130, 131), (0, 300), (31, 258)])
+def test_what_lies_outside_of_what_a_mask_shows_is_never_used(shown):
+    """As outside a key_range: NaN there changes nothing. Masks of one row for all sequences too."""
+    q, k, v = make_qkv("cuda", torch.bfloat16, 2, 100, 300, heads=2, head_dim=64)
+    begin, end = shown
+    key_range = int32([[begin, end], [20, 280]], "cuda")
+    keys = torch.arange(300, device="cuda")
+    mask = ((keys >= key_range[:, :1]) & (keys < key_range[:, 1:]))[:, None, None]
+    for t in (k, v):
+        t.masked_fill_(~mask[:, 0, 0, :, None, None], float("nan"))
+    options = {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda"), "deterministic": True}
+    got, want = run(q, k, v, options | {"mask": mask}), run(q, k, v, options | {"key_range": key_range})
+    for name, t in want.items():
+        assert not t.isnan().any() and torch.equal(got[name], t), name
+    got = run(q[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), {"mask": mask[:1]})
+    want = run(q[:1], k[:1], v[:1], {"key_range": key_range[:1]})
+    assert torch.equal(got["out"][1], want["out"][0])
