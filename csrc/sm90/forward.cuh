@@ -36,6 +36,7 @@ struct ForwardWarpgroup {
   Accumulator<16, Traits::kHeadDim> out;
   OnlineSoftmax<16> softmax;
   FragmentDropout<false> dropout;
+  TileRange range;  // of the piece of work, where it is kept: the CTA's tiles, the keys that all of these rows see
 
   __device__ ForwardWarpgroup(const AttentionParams& p, const ForwardMaps& maps, const ForwardShared<Traits>& shared,
                               int warpgroup)
@@ -117,9 +118,19 @@ struct ForwardWarpgroup {
     if constexpr (Traits::kExtras) terms.stage(plan, first_row(plan), tile * kKeys);
   }
 
+  // A piece of work begins.
+  __device__ __forceinline__ void keep_range(const ForwardPlan<Traits>& plan) {
+    if constexpr (!Traits::kKeepsRange) return;
+    range.begin = uniform(plan.tiles.begin);
+    range.common_begin = uniform(plan.own[warpgroup].common_begin);
+    range.common_end = uniform(plan.own[warpgroup].common_end);
+  }
+  __device__ __forceinline__ bool is_last(const ForwardPlan<Traits>& plan, int tile) const {
+    return tile == (Traits::kKeepsRange ? range : plan.tiles).begin;
+  }
   // Does something of the tile have to be hidden from some of this warpgroup's rows?
   __device__ __forceinline__ bool has_boundary(const ForwardPlan<Traits>& plan, int tile) const {
-    return plan.own[warpgroup].hides(tile * kKeys, (tile + 1) * kKeys);
+    return (Traits::kKeepsRange ? range : plan.own[warpgroup]).hides(tile * kKeys, (tile + 1) * kKeys);
   }
 
   __device__ __forceinline__ bool drops() const {
@@ -175,6 +186,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   shared.q.wait_full(n);
   const ForwardPlan<Traits>* plan = &shared.plan(n);
   if (plan->row0 < 0) return;
+  state.keep_range(*plan);
   int tile = plan->tiles.end - 1;
   RowVector<16> correction;
 
@@ -186,7 +198,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   wgmma_wait<0>();
   wgmma_settle(state.s);
   shared.k.release(tiles);
-  if (tile == plan->tiles.begin) shared.q.release(n);
+  if (state.is_last(*plan, tile)) shared.q.release(n);
   {
     DropoutTile<Traits> kept;
     state.raise_max(*plan, tile, tiles, state.has_boundary(*plan, tile), correction);
@@ -197,14 +209,21 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   bool fresh = true;  // out, of a piece of work's first tile
   for (;; ++tiles) {
     const ForwardPlan<Traits>* const current = plan;
-    const bool ends = tile == plan->tiles.begin;
+    const bool ends = state.is_last(*plan, tile);
     --tile;
     if (ends) {
       shared.q.wait_full(++n);
       plan = &shared.plan(n);
       if (plan->row0 < 0) break;
       tile = plan->tiles.end - 1;
+      state.keep_range(*plan);
     }
+    bool boundary, last;
+    const auto look_up_tile = [&] {
+      boundary = state.has_boundary(*plan, tile);
+      last = state.is_last(*plan, tile);
+    };
+    if constexpr (Traits::kKeepsRange) look_up_tile();
     shared.k.wait_full(tiles + 1);
     state.wait_for_turn();
     state.start_scores(n, tiles + 1);
@@ -214,8 +233,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     state.pass_turn();
     const OnlineSoftmax<16> final = state.softmax;
     if (ends) state.softmax = OnlineSoftmax<16>();
-    const bool boundary = state.has_boundary(*plan, tile);
-    const bool last = tile == plan->tiles.begin;
+    if constexpr (!Traits::kKeepsRange) look_up_tile();
     state.stage_terms(*plan, tile);
     wgmma_wait<1>();
     wgmma_settle(state.s);
