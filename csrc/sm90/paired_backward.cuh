@@ -7,96 +7,31 @@
 
 #include <cuda_runtime.h>
 
-#include "instructions/warpgroup.cuh"
 #include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/paired_backward_producers.cuh"
-#include "tile/store.cuh"
+#include "sm90/role_warpgroup.cuh"
 
 namespace hf_flash::sm90 {
 
-// What a consumer warpgroup holds in registers, and the steps of the algorithm on it. ROLE: its CTA's.
+// The steps that are a warpgroup's own in a pair of CTAs. ROLE: its CTA's.
 template <class Traits, Role ROLE>
-struct PairedWarpgroup {
-  using T = typename Traits::T;
-  using KeyTile = typename Traits::KeyTile;
-  using QueryTile = typename Traits::QueryTile;
-  using Slices = typename Traits::Slices;
-  using Gradient = ScoreGradient<T, false, false>;
-  static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim;
-  static constexpr bool kOwnsDv = ROLE == Role::kDv;
+struct PairedWarpgroup : RoleWarpgroup<Traits, ROLE> {
+  using Base = RoleWarpgroup<Traits, ROLE>;
+  using Base::first_key, Base::operand, Base::p, Base::scores, Base::shared, Base::warpgroup;
+  using Base::kNextPlace, Base::kOwnsDv, Base::kQueries;
+  using typename Base::T;
   static constexpr int kOther = kOwnsDv ? 1 : 0;  // the other CTA's number
 
-  const AttentionParams& p;
-  const BackwardShared<Traits>& shared;
   const float factor;  // scores count as s * factor in log2 units
-  const int warpgroup, warp;
-  Accumulator<16, kQueries> scores;  // S or dP
-  Accumulator<16, kHeadDim> sum;     // dV or dK
-  // Slices of dQ. Registers of one accumulator for both would be serialised where their widths differ.
-  Accumulator<16, Slices::columns(0)> dq0;
-  Accumulator<16, Slices::columns(1)> dq1;
-  OperandA<16, kQueries> operand;  // P or dS
 
-  __device__ PairedWarpgroup(const AttentionParams& p, const BackwardShared<Traits>& shared, int warpgroup)
-      : p(p),
-        shared(shared),
-        factor(static_cast<float>(p.scale) * kLog2E),
-        warpgroup(warpgroup),
-        warp(uniform(threadIdx.x / 32 % 4)) {
-    sum.clear();
-  }
+  __device__ PairedWarpgroup(const AttentionParams& p, const BackwardShared<Traits>& shared, float factor,
+                             int warpgroup)
+      : Base(p, shared, warpgroup), factor(factor) {}
 
   // The warpgroups take turns at the tensor cores until dV of their step is done: so they stay half a round apart.
   __device__ __forceinline__ void wait_for_turn() const { named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads); }
   __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
-
-  // S = K Q^T or dP = V dO^T, keys as rows.
-  __device__ __forceinline__ void start_scores() {
-    const uint32_t a = KeyTile::descriptor(shared.key_tile() + warpgroup * 64 * 128);
-    const uint32_t b = QueryTile::descriptor(shared.factor_tile());
-    wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(scores, a, b);
-    wgmma_commit();
-  }
-  // dV += P dO or dK += dS Q.
-  __device__ __forceinline__ void start_sum() {
-    wgmma_fence();
-    start_multiply<T, QueryTile>(sum, operand, QueryTile::descriptor(shared.summand_tile()));
-    wgmma_commit();
-  }
-  template <int SLICE>
-  __device__ __forceinline__ auto& slice() {
-    if constexpr (SLICE == 0) {
-      return dq0;
-    } else {
-      return dq1;
-    }
-  }
-  // A slice of dQ = dS^T K, of all 128 keys.
-  template <int SLICE>
-  __device__ __forceinline__ void start_dq(uint32_t step) {
-    using ByKey = typename Traits::ScoreColumns;
-    constexpr int kColumns = Slices::columns(SLICE);
-    const int column = warpgroup == 0 ? Slices::first_column(0, SLICE) : Slices::first_column(1, SLICE);
-    const uint32_t a = ByKey::descriptor(shared.ds_tile(step));
-    const uint32_t b = KeyTile::descriptor(shared.key_tile() + column / 64 * KeyTile::kBlockBytes + 2 * (column % 64));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kColumns, 1, 1>(wgmma_registers(slice<SLICE>()), a + ByKey::down(k), b + KeyTile::down(k), k > 0);
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {  // of the warp
-    return plan.j0 + 64 * warpgroup + 16 * warp;
-  }
-
-  // A thread's part of the P of a step: four pairs for each 16 queries, in the order of the operand's registers.
-  __device__ __forceinline__ uint32_t probability_place(uint32_t step) const {
-    return shared.probability_tile(step) + 16 * opaque(threadIdx.x);
-  }
-  static constexpr uint32_t kNextPlace = 16 * kWarpgroupThreads * Traits::kWarpgroups;
 
   // S of a step, complete, becomes P: the operand, and what the other CTA waits for. start: of the product that runs
   // meanwhile, behind which reads of shared memory would wait. Returns whether the step is the last one of its piece of
@@ -127,7 +62,7 @@ struct PairedWarpgroup {
       }
     }
     to_operand<T>(operand, scores, 0);
-    const uint32_t place = shared_address_of(probability_place(step), kOther);
+    const uint32_t place = shared_address_of(this->probability_place(step), kOther);
     const uint32_t full = shared_address_of(shared.probabilities.full(step), kOther);
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
@@ -145,38 +80,11 @@ struct PairedWarpgroup {
     shared.steps.wait_full(step);
     const BackwardStep& at = shared.step(step);
     const bool last = at.last;
-    const float* row_sum = shared.row_values(step) + kQueries + lane_col();
-    shared.probabilities.wait_full(step);
-    const uint32_t place = probability_place(step);
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k) {
-      const uint4 x = load_shared_16_bytes(place + k * kNextPlace);
-      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-      Accumulator<16, 16> probability, gradient;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<T>(pairs[i]);
-        probability.x[0][i / 2][2 * (i % 2)] = pair.x;
-        probability.x[0][i / 2][2 * (i % 2) + 1] = pair.y;
-      }
-      const auto for_each = [&](auto&& f) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) f(gradient.x[0][i / 4][i % 4], scores.x[0][2 * k + i / 4][i % 4]);
-      };
-      for_each([](float& own, float whole) { own = whole; });
-      Gradient::differentiate(probability, gradient, row_sum + 16 * k);
-      for_each([](float own, float& whole) { whole = own; });
-    }
+    this->differentiate_scores(step);
     arrive_as_warp_at(shared.probabilities.empty(step), kOther);
     if (last) shared.keys.release(at.plan);
     shared.steps.release(step);
-    to_operand<T>(operand, scores, 0);
-    shared.ds.wait_empty(step);
-    const int lane = threadIdx.x % 32, row = 64 * warpgroup + 16 * warp + lane % 16, chunk = lane / 16;
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), operand.x[0][k]);
-    fence_async_proxy();
+    this->lay_out_ds(step);
     shared.laid_out.release_full(step);
     return last;
   }
@@ -191,51 +99,8 @@ struct PairedWarpgroup {
     }
   }
 
-  // Lays a slice of dQ out as the accumulator has it; a warp of the producers adds it.
-  template <int SLICE>
-  __device__ __forceinline__ void hand_over_dq(uint32_t step) {
-    constexpr int kColumns = Slices::columns(SLICE);
-    const uint32_t place = Slices::kCount * step + SLICE;
-    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
-    const uint32_t rows = shared.dq_tile(warpgroup, place) + 4 * (32 * 16 * warp + DqAccumulator::element(0, lane, 0));
-    shared.dq(warpgroup).wait_empty(place);
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const float (&x)[4] = slice<SLICE>().x[0][n];
-      store_shared_16_bytes(
-          rows + 4 * (n / 4 * 32 * kQueries + DqAccumulator::element(n % 4, 0, 0)),
-          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-    }
-    shared.dq(warpgroup).release_full(place);
-  }
-  __device__ __forceinline__ void release_ds(uint32_t step) const { arrive_as_warp_at(shared.ds.empty(step), kOther); }
-  // The step's slices one after the other, nothing else under way.
-  __device__ __forceinline__ void finish_dq(uint32_t step) {
-    shared.ds.wait_full(step);
-    start_dq<0>(step);
-    wgmma_wait<0>();
-    wgmma_settle(dq0);
-    hand_over_dq<0>(step);
-    start_dq<1>(step);
-    wgmma_wait<0>();
-    wgmma_settle(dq1);
-    release_ds(step);
-    hand_over_dq<1>(step);
-  }
-
-  // dV or dK of this warp's keys, rounded; it starts again at zero.
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
-    if (!kOwnsDv) {
-      const float scale = static_cast<float>(p.scale);
-      sum.for_each([&](float& x, int, int) { x *= scale; });
-    }
-    const Rows& rows = kOwnsDv ? p.dv : p.dk;
-    const int key0 = first_key(plan);
-    T* to = static_cast<T*>(rows.data) + plan.batch() * rows.batch + (plan.sequence.first_k + key0) * rows.row +
-            plan.kv_head * rows.head;
-    store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0,
-                      opaque(threadIdx.x % 4));
-    sum.clear();
+    Base::store(plan, kOwnsDv ? 1.0f : static_cast<float>(p.scale));
   }
 };
 
@@ -249,7 +114,7 @@ template <Role ROLE, class Traits>
 __device__ __forceinline__ void consume_pair(const AttentionParams& p, const BackwardShared<Traits>& shared,
                                              int warpgroup) {
   constexpr bool kOwnsDv = ROLE == Role::kDv;
-  PairedWarpgroup<Traits, ROLE> state(p, shared, warpgroup);
+  PairedWarpgroup<Traits, ROLE> state(p, shared, static_cast<float>(p.scale) * kLog2E, warpgroup);
   uint32_t step = 0;                                 // place in the rings
   if (kOwnsDv && warpgroup == 1) state.pass_turn();  // the first turn is the first warpgroup's
   for (;; ++step) {
@@ -259,7 +124,7 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
     const uint32_t first = step;
     shared.keys.wait_full(n);
     shared.factors.wait_full(step);
-    state.start_scores();
+    state.start_scores(step);
     wgmma_wait<0>();
     bool last = state.finish_scores(step);
     for (; !last; ++step) {
@@ -267,7 +132,7 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
       if constexpr (kOwnsDv) {
         if (step != first) shared.ds.wait_full(step - 1);
         state.wait_for_turn();
-        state.start_sum();
+        state.start_sum(step);
         state.template start_dq<0>(step - 1);
         wgmma_wait<1>();  // now the operand's registers are free for the next step's
         wgmma_settle(state.sum);
@@ -277,7 +142,7 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
         wgmma_settle(state.dq0);
         if (step != first) state.template hand_over_dq<0>(step - 1);
         shared.factors.wait_full(step + 1);
-        state.start_scores();
+        state.start_scores(step + 1);
         wgmma_wait<0>();
         wgmma_settle(state.scores);
         shared.factors.release(step + 1);
@@ -285,12 +150,12 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
         wgmma_wait<0>();
         wgmma_settle(state.dq1);
         if (step == first) continue;
-        state.release_ds(step - 1);
+        shared.release_ds(step - 1);
         state.template hand_over_dq<1>(step - 1);
       } else {
-        state.start_sum();
+        state.start_sum(step);
         shared.factors.wait_full(step + 1);
-        state.start_scores();
+        state.start_scores(step + 1);
         wgmma_wait<1>();
         wgmma_settle(state.sum);
         shared.summands.release(step);
@@ -299,7 +164,7 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
       }
     }
     shared.summands.wait_full(step);
-    state.start_sum();
+    state.start_sum(step);
     wgmma_wait<0>();
     wgmma_settle(state.sum);
     shared.summands.release(step);
@@ -312,9 +177,7 @@ __device__ __forceinline__ void consume_pair(const AttentionParams& p, const Bac
   }
   // That the stream has ended.
   if constexpr (kOwnsDv) {
-    const uint32_t place = Traits::Slices::kCount * step;
-    shared.dq(warpgroup).wait_empty(place);
-    shared.dq(warpgroup).release_full(place);
+    state.end_dq(step);
   } else {
     shared.ds.wait_empty(step);
     shared.laid_out.release_full(step);

@@ -45,6 +45,12 @@ struct PairedTraits {
   static_assert(kPlan % alignof(BackwardPlan) == 0);
 };
 
+// One lane arrives for its warp at a barrier of another CTA.
+__device__ __forceinline__ void arrive_as_warp_at(uint32_t barrier, int cta) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads < kLanesThatArrive) mbarrier_arrive_remote(shared_address_of(barrier, cta));
+}
+
 template <class T, int HEAD_DIM>
 struct BackwardShared<PairedTraits<T, HEAD_DIM>> {
   using Traits = PairedTraits<T, HEAD_DIM>;
@@ -103,12 +109,15 @@ struct BackwardShared<PairedTraits<T, HEAD_DIM>> {
   __device__ BackwardPlan& plan(uint32_t n) const {
     return reinterpret_cast<BackwardPlan*>(memory + Traits::kPlan)[n % Traits::kPlans];
   }
-  __device__ uint32_t key_tile() const { return base; }
-  __device__ uint32_t factor_tile() const { return base + Traits::kFactor; }
-  __device__ uint32_t summand_tile() const { return base + Traits::kSummand; }
+  // Of this CTA's role.
+  __device__ uint32_t key_tile(Role) const { return base; }
+  __device__ uint32_t factor_tile(Role, uint32_t) const { return base + Traits::kFactor; }
+  __device__ uint32_t summand_tile(Role, uint32_t) const { return base + Traits::kSummand; }
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreColumns::kBytes;
   }
+  // By the first CTA.
+  __device__ __forceinline__ void release_ds(uint32_t step) const { arrive_as_warp_at(ds.empty(step), 1); }
   // P of a step: each thread of the consumers reads 16 bytes for each 16 queries where the same thread of the other CTA
   // wrote them.
   __device__ uint32_t probability_tile(uint32_t step) const {
@@ -131,11 +140,5 @@ struct BackwardShared<PairedTraits<T, HEAD_DIM>> {
     return reinterpret_cast<float*>(memory + Traits::kValues) + Pair::stage(step) * 2 * Traits::kQueries;
   }
 };
-
-// One lane arrives for its warp at a barrier of another CTA.
-__device__ __forceinline__ void arrive_as_warp_at(uint32_t barrier, int cta) {
-  __syncwarp();
-  if (threadIdx.x % kWarpThreads < kLanesThatArrive) mbarrier_arrive_remote(shared_address_of(barrier, cta));
-}
 
 }  // namespace hf_flash::sm90

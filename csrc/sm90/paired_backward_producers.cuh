@@ -16,6 +16,7 @@ __device__ __forceinline__ void copy_paired_tiles(const AttentionParams& p, cons
   using QueryTile = typename Traits::QueryTile;
   uint32_t step = 0, landed_parity = 0;
   const bool leader = elect_one();
+  const Role role = owns_dv ? Role::kDv : Role::kDk;
 
   // A tile of rows first .. of the storage. Tiles with rows of other sequences or of padding, outside [begin, end), are
   // cleaned before the consumers hear of them: 0 * NaN.
@@ -53,19 +54,19 @@ __device__ __forceinline__ void copy_paired_tiles(const AttentionParams& p, cons
       shared.steps.wait_empty(step);
       if (leader) mbarrier_arrive(shared.steps.full(step));
       shared.factors.wait_empty(step);
-      load_queries(shared.factor_tile(), !owns_dv, shared.factors.full(step));
+      load_queries(shared.factor_tile(role, step), !owns_dv, shared.factors.full(step));
       if (!has_keys) {
         const Rows& rows = owns_dv ? p.k : p.v;
         const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
         shared.keys.wait_empty(n);
-        load(KeyTile(), shared.key_tile(), owns_dv ? maps.k : maps.v, shared.keys.full(n), dirty,
+        load(KeyTile(), shared.key_tile(role), owns_dv ? maps.k : maps.v, shared.keys.full(n), dirty,
              plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
              coordinate_of(rows.batch, plan.batch()), plan.sequence.key_begin - plan.j0,
              plan.sequence.key_end - plan.j0);
         has_keys = true;
       }
       shared.summands.wait_empty(step);
-      load_queries(shared.summand_tile(), owns_dv, shared.summands.full(step));
+      load_queries(shared.summand_tile(role, step), owns_dv, shared.summands.full(step));
     }
   }
 }

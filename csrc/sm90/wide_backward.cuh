@@ -8,81 +8,27 @@
 
 #include <cuda_runtime.h>
 
-#include "instructions/warpgroup.cuh"
 #include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/gradient_terms.cuh"
 #include "sm90/paired_backward.cuh"
+#include "sm90/role_warpgroup.cuh"
 #include "sm90/wide_backward_producers.cuh"
-#include "tile/store.cuh"
 
 namespace hf_flash::sm90 {
 
-// What a consumer warpgroup holds in registers, and the steps of the algorithm on it.
+// The steps that are a warpgroup's own where it has a role to itself.
 template <class Traits, Role ROLE>
-struct WideWarpgroup {
-  using T = typename Traits::T;
-  using KeyTile = typename Traits::KeyTile;
-  using QueryTile = typename Traits::QueryTile;
-  using Gradient = ScoreGradient<T, true, true>;
-  static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim;
-  static constexpr bool kOwnsDv = ROLE == Role::kDv;
-  using Slices = typename Traits::Slices;
-  static constexpr int kWarpgroup = kOwnsDv ? 0 : 1;
+struct WideWarpgroup : RoleWarpgroup<Traits, ROLE> {
+  using Base = RoleWarpgroup<Traits, ROLE>;
+  using Base::first_key, Base::operand, Base::p, Base::scores, Base::shared;
+  using Base::kNextPlace, Base::kOwnsDv, Base::kQueries;
+  using typename Base::T;
 
-  const AttentionParams& p;
-  const BackwardShared<Traits>& shared;
   const GradientTerms<Traits> terms;
-  const int warp;                    // of the warpgroup
-  Accumulator<16, kQueries> scores;  // S or dP
-  Accumulator<16, kHeadDim> sum;     // dV or dK
-  // Slices of dQ. Registers of one accumulator for both would be serialised where their widths differ.
-  Accumulator<16, Slices::columns(0)> dq0;
-  Accumulator<16, Slices::columns(1)> dq1;
-  OperandA<16, kQueries> operand;  // P or dS
 
   __device__ WideWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared)
-      : p(p), shared(shared), terms{p, shared, maps.terms}, warp(uniform(threadIdx.x / 32 % 4)) {
-    sum.clear();
-  }
-
-  // S = K Q^T or dP = V dO^T, keys as rows.
-  __device__ __forceinline__ void start_scores(uint32_t step) {
-    const uint32_t a = KeyTile::descriptor(kOwnsDv ? shared.k_tile() : shared.v_tile());
-    const uint32_t b = QueryTile::descriptor(kOwnsDv ? shared.q_tile(step) : shared.dout_tile(step));
-    wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(scores, a, b);
-    wgmma_commit();
-  }
-  // dV += P dO or dK += dS Q.
-  __device__ __forceinline__ void start_sum(uint32_t step) {
-    wgmma_fence();
-    start_multiply<T, QueryTile>(sum, operand,
-                                 QueryTile::descriptor(kOwnsDv ? shared.dout_tile(step) : shared.q_tile(step)));
-    wgmma_commit();
-  }
-  template <int SLICE>
-  __device__ __forceinline__ auto& slice() {
-    if constexpr (SLICE == 0) {
-      return dq0;
-    } else {
-      return dq1;
-    }
-  }
-  // A slice of dQ = dS^T K.
-  template <int SLICE>
-  __device__ __forceinline__ void start_dq(uint32_t step) {
-    using ByKey = typename Traits::ScoreColumns;
-    constexpr int kColumn = Slices::first_column(kWarpgroup, SLICE), kColumns = Slices::columns(SLICE);
-    static_assert(kColumn % 64 + kColumns <= 64 && kColumn + kColumns <= kHeadDim);
-    const uint32_t a = ByKey::descriptor(shared.ds_tile(step));
-    const uint32_t b = KeyTile::descriptor(shared.k_tile() + kColumn / 64 * KeyTile::kBlockBytes + 2 * (kColumn % 64));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kColumns, 1, 1>(wgmma_registers(slice<SLICE>()), a + ByKey::down(k), b + KeyTile::down(k), k > 0);
-    wgmma_commit();
-  }
+      : Base(p, shared, kOwnsDv ? 0 : 1), terms{p, shared, maps.terms} {}
 
   // The product of start_sum has ended: its tile's place is free.
   __device__ __forceinline__ void release_summand(uint32_t step) const {
@@ -92,22 +38,13 @@ struct WideWarpgroup {
       shared.steps.release(step);
     }
   }
-  __device__ __forceinline__ int first_key(const BackwardPlan& plan) const {
-    return plan.j0 + 16 * warp;
-  }  // of the warp
-
-  // A thread's part of the P of a step: four pairs for each 16 queries, in the order of the operand's registers.
-  __device__ __forceinline__ uint32_t probability_place() const {
-    return shared.probability_tile() + 16 * (opaque(threadIdx.x) % kWarpgroupThreads);
-  }
-  static constexpr uint32_t kNextPlace = 16 * kWarpgroupThreads;
 
   // S of a step, complete, becomes P: the operand, and what the other warpgroup waits for. What dropout drops is
   // negative there.
   __device__ __forceinline__ void exponentiate(uint32_t step) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
-    const Gradient gradient(p, plan.sequence, plan.batch(), at.head);
+    const typename Base::Gradient gradient(p, plan.sequence, plan.batch(), at.head);
     const int key0 = first_key(plan);
     terms.apply(scores, plan, at, step, GradientTerms<Traits>::place(shared.term_tile()), key0);
     if (terms.constants.copies_bias) {
@@ -120,7 +57,7 @@ struct WideWarpgroup {
     shared.steps.release(step);
     to_operand<T>(operand, scores, 0);
     shared.probabilities.wait_empty(step);
-    const uint32_t place = probability_place();
+    const uint32_t place = this->probability_place(step);
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
       uint32_t (&x)[4] = operand.x[0][k];
@@ -137,39 +74,12 @@ struct WideWarpgroup {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(at.plan);
     shared.dout.release(step);
-    const float* row_sum = shared.row_values(step) + kQueries + lane_col();
-    shared.probabilities.wait_full(step);
-    const uint32_t place = probability_place();
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k) {
-      const uint4 x = load_shared_16_bytes(place + k * kNextPlace);
-      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-      Accumulator<16, 16> probability, gradient;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<T>(pairs[i]);
-        probability.x[0][i / 2][2 * (i % 2)] = pair.x;
-        probability.x[0][i / 2][2 * (i % 2) + 1] = pair.y;
-      }
-      const auto for_each = [&](auto&& f) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) f(gradient.x[0][i / 4][i % 4], scores.x[0][2 * k + i / 4][i % 4]);
-      };
-      for_each([](float& own, float whole) { own = whole; });
-      Gradient::differentiate(probability, gradient, row_sum + 16 * k);
-      for_each([](float own, float& whole) { whole = own; });
-    }
+    this->differentiate_scores(step);
     terms.finish(scores, plan, at, GradientTerms<Traits>::place(shared.term_tile()), first_key(plan));
     __syncwarp();
     shared.probabilities.release(step);
     if (at.last) shared.v.release(at.plan);
-    to_operand<T>(operand, scores, 0);
-    shared.ds.wait_empty(step);
-    const int lane = threadIdx.x % 32, row = 16 * warp + lane % 16, chunk = lane / 16;
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4(shared.ds_tile(step) + Traits::ScoreColumns::offset(row, 2 * k + chunk), operand.x[0][k]);
-    fence_async_proxy();
+    this->lay_out_ds(step);
     __syncwarp();
     shared.ds.release_full(step);
   }
@@ -181,49 +91,9 @@ struct WideWarpgroup {
     }
   }
 
-  // Lays a slice of dQ out as the accumulator has it; a warp of the producers adds it.
-  template <int SLICE>
-  __device__ __forceinline__ void hand_over_dq(uint32_t step) {
-    constexpr int kColumns = Slices::columns(SLICE);
-    const uint32_t place = Slices::kCount * step + SLICE;
-    const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost registers all along
-    const uint32_t rows = shared.dq_tile(kWarpgroup, place) + 4 * (32 * 16 * warp + DqAccumulator::element(0, lane, 0));
-    shared.dq(kWarpgroup).wait_empty(place);
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const float (&x)[4] = slice<SLICE>().x[0][n];
-      store_shared_16_bytes(
-          rows + 4 * (n / 4 * 32 * kQueries + DqAccumulator::element(n % 4, 0, 0)),
-          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-    }
-    shared.dq(kWarpgroup).release_full(place);
-  }
-  // The step's slices one after the other, nothing else under way.
-  __device__ __forceinline__ void finish_dq(uint32_t step) {
-    shared.ds.wait_full(step);
-    start_dq<0>(step);
-    wgmma_wait<0>();
-    wgmma_settle(dq0);
-    hand_over_dq<0>(step);
-    start_dq<1>(step);
-    wgmma_wait<0>();
-    wgmma_settle(dq1);
-    shared.ds.release(step);
-    hand_over_dq<1>(step);
-  }
-
-  // dV or dK of this warp's keys, rounded; it starts again at zero.
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
-    float factor = 256.0f / opaque(p.dropout_keep);
-    if (!kOwnsDv) factor *= terms.constants.scale;
-    sum.for_each([&](float& x, int, int) { x *= factor; });
-    const Rows& rows = kOwnsDv ? p.dv : p.dk;
-    const int key0 = first_key(plan);
-    T* to = static_cast<T*>(rows.data) + plan.batch() * rows.batch + (plan.sequence.first_k + key0) * rows.row +
-            plan.kv_head * rows.head;
-    store_fragment<T>(to, rows.row, kOwnsDv ? p.head_dim_v : p.head_dim, sum, 0, plan.sequence.len_k - key0,
-                      opaque(threadIdx.x % 4));
-    sum.clear();
+    const float factor = 256.0f / opaque(p.dropout_keep);
+    Base::store(plan, kOwnsDv ? factor : factor * terms.constants.scale);
   }
 };
 
@@ -242,7 +112,7 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
     wgmma_wait<0>();
     wgmma_settle(state.dq1);
     if (step == first) return;
-    shared.ds.release(step - 1);
+    shared.release_ds(step - 1);
     state.template hand_over_dq<1>(step - 1);
   };
   for (;; ++step) {
@@ -289,10 +159,7 @@ __device__ __forceinline__ void consume_wide(const AttentionParams& p, const Bac
     shared.k.release(n);
     state.store(shared.plan(n));  // which stays until the next K is released too
   }
-  const uint32_t place = Traits::Slices::kCount * step;
-  const auto dq = shared.dq(kOwnsDv ? 0 : 1);
-  dq.wait_empty(place);
-  dq.release_full(place);  // tells that the stream has ended
+  state.end_dq(step);
 }
 
 template <class Traits>

@@ -126,9 +126,18 @@ struct BackwardShared<WideTraits<T, HEAD_DIM>> {
   __device__ uint32_t dout_tile(uint32_t step) const {
     return base + Traits::kDout + Douts::stage(step) * Traits::QueryTile::kBytes;
   }
+  // What a role's scores are made of, and what it sums up.
+  __device__ uint32_t key_tile(Role role) const { return role == Role::kDv ? k_tile() : v_tile(); }
+  __device__ uint32_t factor_tile(Role role, uint32_t step) const {
+    return role == Role::kDv ? q_tile(step) : dout_tile(step);
+  }
+  __device__ uint32_t summand_tile(Role role, uint32_t step) const {
+    return role == Role::kDv ? dout_tile(step) : q_tile(step);
+  }
   __device__ uint32_t ds_tile(uint32_t step) const {
     return base + Traits::kDs + Scores::stage(step) * Traits::ScoreTile::kBytes;
   }
+  __device__ __forceinline__ void release_ds(uint32_t step) const { ds.release(step); }
   // A plan may be made before its keys have a place: they come when the piece of work two before gives its own back,
   // and that one waits for this plan's first step where it has a single step itself.
   __device__ __forceinline__ void wait_for_plan_place(uint32_t n) const {
@@ -138,7 +147,7 @@ struct BackwardShared<WideTraits<T, HEAD_DIM>> {
   __device__ uint32_t term_tile() const { return base + Traits::kTerms; }
   __device__ __forceinline__ void wait_for_slopes(uint32_t step) const { probabilities.wait_empty(step); }
   // P as pairs: a thread reads 16 bytes for each 16 queries where the same thread of the other warpgroup wrote them.
-  __device__ uint32_t probability_tile() const { return base + Traits::kProbabilities; }
+  __device__ uint32_t probability_tile(uint32_t) const { return base + Traits::kProbabilities; }
   // A slice of dQ as the accumulator has it. Its place: 2 * step + slice.
   __device__ uint32_t dq_tile(int warpgroup, uint32_t) const {
     return base + Traits::kDq + warpgroup * Traits::kSliceBytes;
