@@ -7,58 +7,74 @@
 
 namespace hf_flash::sm90 {
 
+// Brings tiles of rows, for a warp. Those with rows of other sequences or of padding are cleaned before the consumers
+// hear of them: 0 * NaN.
+template <class Traits>
+struct TileCopier {
+  const BackwardShared<Traits>& shared;
+  const bool leader = elect_one();
+  uint32_t landed_parity = 0;
+
+  // The keys of a piece of work, of K or V.
+  __device__ __forceinline__ void load_keys(const BackwardPlan& plan, uint32_t tile, const CUtensorMap& map,
+                                            const Rows& rows, uint32_t full) {
+    const Sequence& sequence = plan.sequence;
+    const bool dirty = plan.j0 < sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
+    load<typename Traits::KeyTile>(tile, map, full, dirty, sequence.first_k + plan.j0,
+                                   coordinate_of(rows.head, plan.kv_head), coordinate_of(rows.batch, plan.batch()),
+                                   sequence.key_begin - plan.j0, sequence.key_end - plan.j0);
+  }
+  // The queries of a step, of Q or dO.
+  __device__ __forceinline__ void load_queries(const BackwardPlan& plan, int head, int i0, uint32_t tile,
+                                               const CUtensorMap& map, const Rows& rows, uint32_t full) {
+    const Sequence& sequence = plan.sequence;
+    const bool dirty = i0 < sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
+    load<typename Traits::QueryTile>(tile, map, full, dirty, sequence.first_q + i0, coordinate_of(rows.head, head),
+                                     coordinate_of(rows.batch, plan.batch()), sequence.query_begin - i0,
+                                     sequence.query_end - i0);
+  }
+
+ private:
+  // Rows first .. of the storage, of which [begin, end) are the sequence's.
+  template <class Tile>
+  __device__ __forceinline__ void load(uint32_t tile, const CUtensorMap& map, uint32_t full, bool dirty, int first,
+                                       int head, int batch, int begin, int end) {
+    const uint32_t barrier = dirty ? shared.landed : full;
+    __syncwarp();  // a lane that came late could find the phase over twice
+    if (leader) {
+      mbarrier_arrive_expect_bytes(barrier, Tile::kBytes);
+      load_tile<Tile>(tile, map, barrier, first, head, batch);
+    }
+    if (!dirty) return;
+    mbarrier_wait(shared.landed, landed_parity);
+    landed_parity ^= 1;
+    zero_rows_outside<Tile>(tile, begin, end);
+    fence_async_proxy();
+    __syncwarp();
+    if (leader) mbarrier_arrive(full);
+  }
+};
+
 // For each plan Q, the bias and dO of each step; K and V beside the first step's, in the order in which the piece of
 // work before gives their places back.
 template <class Traits>
 __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const BackwardMaps& maps,
                                                 const BackwardShared<Traits>& shared) {
-  using KeyTile = typename Traits::KeyTile;
-  using QueryTile = typename Traits::QueryTile;
-  static_assert(KeyTile::kBytes == QueryTile::kBytes);
-  uint32_t step = 0, landed_parity = 0;
-  const bool leader = elect_one();
-
-  // A tile of rows first .. of the storage. Tiles with rows of other sequences or of padding, outside [begin, end), are
-  // cleaned before the consumers hear of them: 0 * NaN.
-  const auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t full, bool dirty, int first, int head,
-                        int batch, int begin, int end) {
-    const uint32_t barrier = dirty ? shared.landed : full;
-    __syncwarp();  // a lane that came late could find the phase over twice
-    if (leader) {
-      mbarrier_arrive_expect_bytes(barrier, QueryTile::kBytes);
-      load_tile<QueryTile>(tile, map, barrier, first, head, batch);
-    }
-    if (!dirty) return;
-    mbarrier_wait(shared.landed, landed_parity);
-    landed_parity ^= 1;
-    zero_rows_outside<QueryTile>(tile, begin, end);
-    fence_async_proxy();
-    __syncwarp();
-    if (leader) mbarrier_arrive(full);
-  };
+  TileCopier<Traits> copier{shared};
+  uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     shared.planned.wait_full(n);
     const BackwardPlan& plan = shared.plan(n);
     if (plan.j0 < 0) return;
-    const auto load_keys = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
-      const bool dirty = plan.j0 < plan.sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
-      load(tile, map, full, dirty, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
-           coordinate_of(rows.batch, plan.batch()), plan.sequence.key_begin - plan.j0, plan.sequence.key_end - plan.j0);
-    };
     bool has_keys = false;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
       const int head = uniform(walk.head), i0 = uniform(walk.i0);
-      const auto load_queries = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t full) {
-        const bool dirty = i0 < plan.sequence.query_begin || i0 + Traits::kQueries > plan.zero_queries_from;
-        load(tile, map, full, dirty, plan.sequence.first_q + i0, coordinate_of(rows.head, head),
-             coordinate_of(rows.batch, plan.batch()), plan.sequence.query_begin - i0, plan.sequence.query_end - i0);
-      };
       shared.steps.wait_empty(step);
-      load_queries(shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
+      copier.load_queries(plan, head, i0, shared.q_tile(step), maps.q, p.q, shared.steps.full(step));
       if (maps.terms.copies_bias) {
         shared.bias.wait_empty(step);
         __syncwarp();
-        if (leader) {
+        if (copier.leader) {
           mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
           load_tile<typename Traits::ScoreTile>(shared.term_tile(), maps.bias, shared.bias.full(step), i0,
                                                 coordinate_of(p.bias.head, head),
@@ -67,13 +83,13 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
       }
       if (!has_keys) {
         shared.v.wait_empty(n);
-        load_keys(shared.v_tile(), maps.v, p.v, shared.v.full(n));
+        copier.load_keys(plan, shared.v_tile(), maps.v, p.v, shared.v.full(n));
       }
       shared.dout.wait_empty(step);
-      load_queries(shared.dout_tile(step), maps.dout, p.dout, shared.dout.full(step));
+      copier.load_queries(plan, head, i0, shared.dout_tile(step), maps.dout, p.dout, shared.dout.full(step));
       if (!has_keys) {
         shared.k.wait_empty(n);
-        load_keys(shared.k_tile(), maps.k, p.k, shared.k.full(n));
+        copier.load_keys(plan, shared.k_tile(), maps.k, p.k, shared.k.full(n));
         has_keys = true;
       }
     }
