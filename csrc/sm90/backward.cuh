@@ -8,7 +8,6 @@
 
 #include <cuda_runtime.h>
 
-#include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/backward_producers.cuh"
 #include "sm90/backward_warpgroup.cuh"
@@ -123,10 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
-  if (threadIdx.x == 0) {
-    shared.init();
-    mbarrier_init_fence();
-  }
+  init_barriers(shared);
   if constexpr (Traits::kRelays) {
     cluster_barrier();
   } else {
@@ -166,11 +162,7 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
     const int stored_rows = grid.stores_first ? Traits::kQueries : 0;
     accumulator = Sums(p, p.workspace, Traits::kHeadDim, grid.finishes_dq, stored_rows);
   }
-  portable::row_sum(p, accumulator, stream);
-  launch_backward<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
-  if (!accumulator.finishes_dq)
-    portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
-  if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+  run_passes<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
 }
 
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>

@@ -1,4 +1,4 @@
-// The launch of a backward kernel.
+// What runs around a backward kernel, and its launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,6 +37,17 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const typename Tr
     launch.start_early();  // while the row sums end; without queries there are none to wait for
   }
   launch("backward", kernel, p, maps, accumulator, schedule, grid);
+}
+
+// All passes of a call.
+template <class Traits, class Kernel>
+void run_passes(Kernel* kernel, const AttentionParams& p, const typename Traits::DqSums& accumulator,
+                const BackwardGrid& grid, cudaStream_t stream) {
+  portable::row_sum(p, accumulator, stream);
+  launch_backward<Traits>(kernel, p, accumulator, grid, stream);
+  if (!accumulator.finishes_dq)
+    portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
+  if (p.dsink != nullptr) portable::sink_gradient(p, stream);
 }
 
 }  // namespace hf_flash::sm90

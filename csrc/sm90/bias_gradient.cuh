@@ -366,10 +366,7 @@ __global__ void __launch_bounds__(BiasConfig::kThreads, 1)
   extern __shared__ __align__(1024) char shared_memory[];
   const BiasShared shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
-  if (threadIdx.x == 0) {
-    shared.init();
-    mbarrier_init_fence();
-  }
+  init_barriers(shared);
   __syncthreads();
   if (warpgroup == Config::kWarpgroups) {
     give_registers_back<Config::kProducerRegisters>();

@@ -273,10 +273,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char shared_memory[];
   const ForwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
-  if (threadIdx.x == 0) {
-    shared.init();
-    mbarrier_init_fence();
-  }
+  init_barriers(shared);
   __syncthreads();
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();

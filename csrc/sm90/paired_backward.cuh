@@ -7,7 +7,6 @@
 
 #include <cuda_runtime.h>
 
-#include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/paired_backward_producers.cuh"
 #include "sm90/role_warpgroup.cuh"
@@ -194,10 +193,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
   const bool owns_dv = blockIdx.x % Traits::kTeam == 0;
-  if (threadIdx.x == 0) {
-    shared.init();
-    mbarrier_init_fence();
-  }
+  init_barriers(shared);
   cluster_barrier();
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();
@@ -222,17 +218,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   }
   cluster_barrier();  // the other may still write here
-}
-
-template <class T, int HEAD_DIM>
-void run_paired_backward(const AttentionParams& p, cudaStream_t stream) {
-  using Traits = PairedTraits<T, HEAD_DIM>;
-  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  const SlicedDqAccumulator accumulator(p, p.workspace, HEAD_DIM);
-  portable::row_sum(p, accumulator, stream);
-  launch_backward<Traits>(paired_backward_kernel<Traits>, p, accumulator, grid, stream);
-  portable::convert_dq(p, accumulator, static_cast<float>(p.scale), stream);
-  if (p.dsink != nullptr) portable::sink_gradient(p, stream);
 }
 
 }  // namespace hf_flash::sm90

@@ -47,4 +47,12 @@ struct Ring {
   __device__ __forceinline__ void release(uint32_t place) const { arrive_as_warp(empty(place)); }
 };
 
+// By all threads of a CTA, which then wait for each other.
+template <class Shared>
+__device__ __forceinline__ void init_barriers(const Shared& shared) {
+  if (threadIdx.x != 0) return;
+  shared.init();
+  mbarrier_init_fence();
+}
+
 }  // namespace hf_flash::sm90

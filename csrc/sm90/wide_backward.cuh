@@ -8,7 +8,6 @@
 
 #include <cuda_runtime.h>
 
-#include "portable/portable.h"
 #include "sm90/backward_launch.cuh"
 #include "sm90/gradient_terms.cuh"
 #include "sm90/paired_backward.cuh"
@@ -171,10 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) char shared_memory[];
   const BackwardShared<Traits> shared(shared_memory);
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
-  if (threadIdx.x == 0) {
-    shared.init();
-    mbarrier_init_fence();
-  }
+  init_barriers(shared);
   __syncthreads();
   if (warpgroup == Traits::kWarpgroups) {
     give_registers_back<Traits::kProducerRegisters>();
@@ -195,19 +191,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
+// Chooses between this kernel and that of pairs.
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_wide_backward(const AttentionParams& p, cudaStream_t stream) {
+  const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
+  const SlicedDqAccumulator accumulator(p, p.workspace, HEAD_DIM);
   if constexpr (pairs_ctas(HEAD_DIM, DROPOUT, TERMS != Terms::kNone)) {
-    run_paired_backward<T, HEAD_DIM>(p, stream);
+    using Traits = PairedTraits<T, HEAD_DIM>;
+    run_passes<Traits>(paired_backward_kernel<Traits>, p, accumulator, grid, stream);
   } else {
     using Traits = WideTraits<T, HEAD_DIM>;
     static_assert(DROPOUT && TERMS == Terms::kEvery);
-    const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-    const SlicedDqAccumulator accumulator(p, p.workspace, HEAD_DIM);
-    portable::row_sum(p, accumulator, stream);
-    launch_backward<Traits>(wide_backward_kernel<Traits>, p, accumulator, grid, stream);
-    portable::convert_dq(p, accumulator, static_cast<float>(p.scale) * (256.0f / p.dropout_keep), stream);
-    if (p.dsink != nullptr) portable::sink_gradient(p, stream);
+    run_passes<Traits>(wide_backward_kernel<Traits>, p, accumulator, grid, stream);
   }
 }
 
