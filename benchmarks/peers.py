@@ -203,7 +203,7 @@ def peers_of(case: Case, peers: list[Peer]) -> list[Peer]:
     if case.section == "standard":  # the yardstick of its own section: hf_flash alone stands beside it
         return [peer for peer in here if peer.name in ("hf_flash", "standard")]
     if case.section == "extras":
-        names = ("hf_flash", "hf_flash plain", "mem-efficient (torch)", "flash-attn 4")
+        names = ("hf_flash", "hf_flash plain", "mem-efficient (torch)", "flash-attn 3", "flash-attn 4")
         return [peer for peer in here if peer.name in names]
     if case.section == "arch":  # the yardstick of the mma.sync kernels is what they stand beside on other GPUs
         names = {"hf_flash", "hf_flash sm80", "flash (torch)"}
