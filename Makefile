@@ -59,7 +59,8 @@ test-oldest: $(OLDEST)/.packages  ## BERT, GPT-2 and T5 on the oldest supported 
 	$(OLDEST)/bin/python -m pytest -q -k "bert or gpt2 or t5" tests/transformers
 
 gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU, with each architecture's kernels; HF_FLASH_ARCH=sm90: one's
-	$(PYTEST) -n $(GPU_PROCESSES) --dist worksteal -m "gpu and not sanitizer" tests
+	$(PYTEST) -n $(GPU_PROCESSES) --dist worksteal -m "gpu and not sanitizer and not large" tests
+	$(PYTEST) -m large tests
 
 sanitize: $(VENV)/.built  ## compute-sanitizer over a small set of kernels, likewise; needs a CUDA GPU
 	$(PYTEST) -m sanitizer tests

@@ -14,6 +14,7 @@ At the end the rows are held against the goals of ``goals.py``.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -60,13 +61,16 @@ def measure(case: Case, peers: list[Peer], rounds: int) -> tuple[list[dict], lis
             measured.sample()
     for name, measured in running.items():
         forward, backward = measured.medians()
+        own = measured.case
+        ran = {} if own is case else {"ran": f"{own.variant} B{own.B} S{own.S}"}
         rows.append(
             {
                 **head_of(case, name),
+                **ran,
                 "fwd_ms": round(forward, 4),
                 "bwd_ms": round(backward, 4),
-                "fwd_tflops": round(measured.case.flops / forward / 1e9, 1),
-                "bwd_tflops": round(2.5 * measured.case.flops / backward / 1e9, 1),
+                "fwd_tflops": round(own.flops / forward / 1e9, 1),
+                "bwd_tflops": round(2.5 * own.flops / backward / 1e9, 1),
                 "peak_mib": round(measured.peak_mib, 1),
             }
         )
@@ -111,6 +115,13 @@ def host_rows(peers: list[Peer]) -> list[dict]:
     return rows
 
 
+def release_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def machine() -> dict:
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
@@ -124,6 +135,7 @@ def machine() -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "hf_flash": hf_flash.__version__,
+        "peers": {name: version for name in ("flash-attn-3", "flash-attn-4") if (version := release_of(name))},
         "command": "python " + " ".join(sys.argv),
     }
 
@@ -157,7 +169,7 @@ def measure_all(arguments: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """Rows of every cell asked for, written to disk as they come, and who was left out."""
     peers, missing = all_peers(flex=not arguments.no_flex)
     if arguments.peers:
-        peers = [p for p in peers if p.name == "hf_flash" or any(word in p.name for word in arguments.peers)]
+        peers = [p for p in peers if p.name == "hf_flash" or p.plain or any(word in p.name for word in arguments.peers)]
     cases = [case for section in arguments.sections if section != "host" for case in cases_of(section)]
     cases = [case for case in cases if not arguments.lengths or case.S in arguments.lengths]
     cases = [case for case in cases if not arguments.head_dims or case.D in arguments.head_dims]

@@ -77,7 +77,8 @@ class Case:
         if "packed" in self.terms:
             plain.B, plain.S = 8, sum(RAGGED) // 8
         rows = (plain.B, plain.S, self.H, self.D)
-        plain.q, plain.k, plain.v, plain.dout = (t.view(rows) for t in (self.q, self.k, self.v, self.dout))
+        plain.q, plain.k, plain.v = (t.detach().view(rows).requires_grad_() for t in (self.q, self.k, self.v))
+        plain.dout = self.dout.view(rows)
         plain.inputs = (plain.q, plain.k, plain.v)
         return plain
 

@@ -20,7 +20,7 @@ EVERY = (FLASH, EFFICIENT, *BEST)
 class Goal:
     """words: what is compared, for the heading. what: "forward", "backward", "both", or "memory".
 
-    against: peers, of which the fastest counts; or "plain": our plain cell of the same shape, by rate; or
+    against: peers, of which the fastest counts; or "plain": our plain cell that ran in turns with it, by rate; or
     "rate": nothing, the floor is in TFLOP/s. cells: which rows it is about. mean: the floor of the geometric mean.
     """
 

@@ -46,9 +46,10 @@ struct Runner {
   explicit Runner(const Tensor& q) : guard(q.get_device_index()), stream(current_stream(q.get_device_index())) {}
   // A mask of keys alone is no term of the score, and a padded call without key_range gets the range of what it shows,
   // whose tensor must outlive the launches: kernels then skip what lies outside, and need not take it for holes.
-  OptionalTensor take_key_mask(AttentionParams& p, const Tensor& q) const {
+  OptionalTensor settle_key_mask(AttentionParams& p, const Tensor& q) const {
     p.take_key_mask();
-    if (p.key_mask == nullptr || p.key_range != nullptr || p.packed() || p.batch == 0) return std::nullopt;
+    const bool asks = p.key_mask != nullptr && p.key_range == nullptr && !p.packed();
+    if (!asks || p.total_q == 0 || p.heads_q == 0) return std::nullopt;
     const Tensor ranges = new_tensor(q, {p.batch, 2}, ScalarType::Int);
     cuda::key_ranges(p, static_cast<int32_t*>(ranges.data_ptr()), stream);
     p.key_range = static_cast<const int32_t*>(ranges.data_ptr());
@@ -71,7 +72,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 struct Runner {
   static constexpr bool kWritesSums = false;
   explicit Runner(const Tensor&) {}
-  OptionalTensor take_key_mask(AttentionParams&, const Tensor&) const { return std::nullopt; }
+  OptionalTensor settle_key_mask(AttentionParams&, const Tensor&) const { return std::nullopt; }
   void forward(const AttentionParams& p) const { cpu::forward(p, parallel_for); }
   void backward(const AttentionParams& p) const { cpu::backward(p, parallel_for); }
   void row_sum(const AttentionParams& p) const { cpu::row_sum(p, parallel_for); }
@@ -93,7 +94,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
   const Runner runner(q);
-  const OptionalTensor own_ranges = runner.take_key_mask(p, q);
+  const OptionalTensor own_ranges = runner.settle_key_mask(p, q);
   const Tensor out = new_tensor(q, shape_with_last(q, p.head_dim_v), q.scalar_type());
   const Tensor lse = new_tensor(q, shape.row_values, accumulator_of(p.dtype));
   p.out = rows_of(out);
@@ -141,7 +142,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   }
 
   const Runner runner(q);
-  const OptionalTensor own_ranges = runner.take_key_mask(p, q);
+  const OptionalTensor own_ranges = runner.settle_key_mask(p, q);
   Tensor dq = contiguous_like(q), dk = contiguous_like(k), dv = contiguous_like(v);
   p.dout = rows_of(dout);
   p.out = rows_of(out);

@@ -196,6 +196,11 @@ void backward(const AttentionParams& p, void* stream) {
   if (p.dbias_sums) bias_gradient(p, native(stream));
 }
 
+void key_ranges(const AttentionParams& p, int32_t* ranges, void* stream) {
+  architecture();  // refuses a device that is too old in our words
+  portable::key_ranges(p, ranges, native(stream));
+}
+
 void row_sum(const AttentionParams& p, void* stream) { portable::row_sum(p, DqAccumulator{}, native(stream)); }
 
 }  // namespace hf_flash::cuda

@@ -114,8 +114,8 @@ def flash_attention(
         softcap: ``c > 0`` replaces a score s by ``c * tanh(s / c)``.
         bias: added to the scores; float32 or q's dtype, broadcasts to ``(B, Hq, Sq, Sk)``; -inf hides a key.
         mask: bool, broadcasts to ``(B, Hq, Sq, Sk)``, True where a key is visible. One of keys alone, ``(B, 1,
-            1, Sk)``, costs a GPU little where it has no holes: it finds the range of what the mask shows, where
-            ``key_range`` does not tell.
+            1, Sk)``, costs a GPU little where it has no holes: in a padded batch the kernels find the range of
+            what it shows, unless ``key_range`` is given.
         alibi_slopes: float32 ``(Hq,)`` or ``(B, Hq)``; adds ``-slope * |position(i) - j|`` (Press et al.,
             https://arxiv.org/abs/2108.12409). No gradient.
         sink: ``(Hq,)``, float32 or q's dtype: one more logit in each row's softmax, without a value.

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 
+import pytest
 import torch
 from attention_rule import check, int32, seed_tensor
 
@@ -150,13 +151,16 @@ def seeds(count, part=0, parts=1):
     HF_FLASH_FUZZ_COUNT changes the count.
     """
     if one := os.environ.get("HF_FLASH_FUZZ_SEED"):
-        return [int(one)]
+        return [int(one)] if int(one) % parts == part else []
     return range(part, int(os.environ.get("HF_FLASH_FUZZ_COUNT", count)), parts)
 
 
 def fuzz(count, device, dtype, part=0, parts=1, **limits):
     """Judge ``count`` random calls, or a part of them; a failure says what the call was and how to repeat it alone."""
-    for seed in seeds(count, part, parts):
+    chosen = seeds(count, part, parts)
+    if not chosen:
+        pytest.skip("none of the calls asked for is in this part")
+    for seed in chosen:
         call = Draw(seed, device, dtype, **limits)
         try:
             check(call.q, call.k, call.v, dout=call.dout, small=True, **call.options)

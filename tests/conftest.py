@@ -24,6 +24,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 MARKERS = """
 gpu: needs a CUDA device and the CUDA kernels
+large: takes tens of GB of the GPU; runs alone on it
 sanitizer: runs compute-sanitizer; needs a CUDA device and the tool
 architectures(*names): the kernels to run with on CUDA, instead of all that the GPU runs; "default": the GPU chooses
 """
@@ -83,7 +84,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_teardown(item):
-    """Where several processes share the GPU none keeps the memory of its last test."""
+    """Where several processes share the GPU none keeps what its tests have freed."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

@@ -28,6 +28,9 @@ void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float 
 // dsink[h] = -sum over rows of exp(sink - lse) * row_sum, in a fixed order.
 void sink_gradient(const AttentionParams& p, cudaStream_t stream);
 
+// ranges (B, 2): from the first key that p.key_mask shows to behind the last; [0, 0) where it shows none.
+void key_ranges(const AttentionParams& p, int32_t* ranges, cudaStream_t stream);
+
 // In a packed batch, rows that belong to no sequence: out 0 and lse -inf, or dq, dk and dv 0.
 void fill_gaps_forward(const AttentionParams& p, cudaStream_t stream);
 void fill_gaps_backward(const AttentionParams& p, cudaStream_t stream);

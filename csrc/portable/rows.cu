@@ -131,6 +131,11 @@ void fill_gaps_backward(const AttentionParams& p, cudaStream_t stream) {
   check_launch("fill_gaps_backward");
 }
 
+void key_ranges(const AttentionParams& p, int32_t* ranges, cudaStream_t stream) {
+  key_ranges_kernel<<<p.batch, 1024, 0, stream>>>(p, ranges);
+  check_launch("key_ranges");
+}
+
 void sink_gradient(const AttentionParams& p, cudaStream_t stream) {
   sink_gradient_kernel<<<p.heads_q, 1024, 0, stream>>>(p);
   check_launch("sink_gradient");
@@ -139,11 +144,6 @@ void sink_gradient(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace hf_flash::portable
 
 namespace hf_flash::cuda {
-
-void key_ranges(const AttentionParams& p, int32_t* ranges, void* stream) {
-  portable::key_ranges_kernel<<<p.batch, 1024, 0, static_cast<cudaStream_t>(stream)>>>(p, ranges);
-  check_launch("key_ranges");
-}
 
 void dropout_mask(bool* mask, const int64_t* seed, int64_t planes, int64_t rows, int64_t cols, int keep, void* stream) {
   const int64_t threads = planes * ((rows + 15) / 16) * ((cols + 15) / 16) * 16;

@@ -1,5 +1,5 @@
-// How the backward of head dimensions over 128 divides its work. The shapes of shared memory are its own; plans, steps
-// and maps are those of backward_layout.cuh.
+// How the backward of head dimensions over 128 divides its work: what both of its kernels have in common, then the
+// shared memory of the one whose warpgroups have a role each. Plans, steps and maps are those of backward_layout.cuh.
 #pragma once
 
 #include "sm90/backward_layout.cuh"

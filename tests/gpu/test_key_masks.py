@@ -134,13 +134,15 @@ def test_a_mask_of_keys_takes_no_other_kernel(head_dim, dropout_p):
     assert [name for name in alone if "key_ranges" not in name] == by_range
 
 
-@pytest.mark.parametrize("shown", [(0, 0), (0, 1), (299, 300), (130, 131), (0, 300), (31, 258)])
-def test_what_lies_outside_of_what_a_mask_shows_is_never_used(shown):
+@pytest.mark.parametrize("length, shown", [
+    (300, (0, 0)), (300, (0, 1)), (300, (299, 300)), (300, (130, 131)), (300, (0, 300)), (300, (31, 258)), (2, (1, 2)),
+    (1023, (1022, 1023)), (1025, (1024, 1025)), (2500, (1000, 1100)), (2500, (1, 2499)), (2500, (2060, 2100)),
+])  # fmt: skip
+def test_what_lies_outside_of_what_a_mask_shows_is_never_used(length, shown):
     """As outside a key_range: NaN there changes nothing. Masks of one row for all sequences too."""
-    q, k, v = make_qkv("cuda", torch.bfloat16, 2, 100, 300, heads=2, head_dim=64)
-    begin, end = shown
-    key_range = int32([[begin, end], [20, 280]], "cuda")
-    keys = torch.arange(300, device="cuda")
+    q, k, v = make_qkv("cuda", torch.bfloat16, 2, 100, length, heads=2, head_dim=64)
+    key_range = int32([list(shown), [length // 15, length - length // 15]], "cuda")
+    keys = torch.arange(length, device="cuda")
     mask = ((keys >= key_range[:, :1]) & (keys < key_range[:, 1:]))[:, None, None]
     for t in (k, v):
         t.masked_fill_(~mask[:, 0, 0, :, None, None], float("nan"))
@@ -148,6 +150,34 @@ def test_what_lies_outside_of_what_a_mask_shows_is_never_used(shown):
     got, want = run(q, k, v, options | {"mask": mask}), run(q, k, v, options | {"key_range": key_range})
     for name, t in want.items():
         assert not t.isnan().any() and torch.equal(got[name], t), name
-    got = run(q[:1].expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), {"mask": mask[:1]})
-    want = run(q[:1], k[:1], v[:1], {"key_range": key_range[:1]})
-    assert torch.equal(got["out"][1], want["out"][0])
+    both = [t[:1].expand(2, -1, -1, -1) for t in (q, k, v)]
+    got = run(*both, {"mask": mask[:1], "deterministic": True})
+    want = run(*both, {"key_range": key_range[:1].expand(2, 2).contiguous(), "deterministic": True})
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name
+
+
+def test_a_replayed_graph_sees_what_the_mask_shows_then():
+    q, k, v = (t.requires_grad_() for t in make_qkv("cuda", torch.bfloat16, 2, 300, 300, heads=2, head_dim=64))
+    mask = torch.zeros(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    mask[..., 140:150] = True
+
+    def step():
+        out = flash_attention(q, k, v, mask=mask, deterministic=True)
+        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    mask[0, ..., 3:290] = True  # wider, of one sequence
+    graph.replay()
+    want = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+    mask[0, ..., :140] = False
+    assert not torch.equal(step()[0], want[0])
