@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_fuzz import fuzz
 from attention_rule import check, dropped, int32, make_qkv, poison_freed_memory, run, seed_tensor
+from cuda_graphs import captured
 
 from hf_flash import flash_attention
 from hf_flash.reference import dropout_keep, dropout_mask
@@ -222,26 +223,18 @@ def test_cuda_graph(dropout_p, head_dim, seqlen_k, options):
         out = flash_attention(*leaves, dropout_p=dropout_p, **options)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         for old, new in zip(leaves, make_qkv("cuda", torch.float16, 2, 100, seqlen_k, **shape, seed=5), strict=True):
             old.copy_(new)
     graph.replay()
-    first = [t.clone() for t in captured]
+    first = [t.clone() for t in replayed]
     graph.replay()
     if dropout_p:
-        assert not torch.equal(captured[0], first[0])
+        assert not torch.equal(replayed[0], first[0])
     else:
-        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(replayed, first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
 def test_two_streams():

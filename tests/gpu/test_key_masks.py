@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from attention_rule import check, int32, make_qkv, random_like, run, seed_tensor
+from cuda_graphs import captured
 from served_kernels import kernels_of
 
 from hf_flash import flash_attention
@@ -166,18 +167,10 @@ def test_a_replayed_graph_sees_what_the_mask_shows_then():
         out = flash_attention(q, k, v, mask=mask, deterministic=True)
         return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     mask[0, ..., 3:290] = True  # wider, of one sequence
     graph.replay()
     want = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
     mask[0, ..., :140] = False
     assert not torch.equal(step()[0], want[0])
