@@ -17,7 +17,8 @@ void backward(const AttentionParams& params, void* stream);
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse.
 void row_sum(const AttentionParams& params, void* stream);
 
-// ranges (B, 2) on the device: the keys that params.key_mask shows lie within [begin, end), which is [0, 0) where it shows none.
+// ranges (B, 2) on the device: the keys that params.key_mask shows lie within [begin, end), which is [0, 0) where it
+// shows none.
 void key_ranges(const AttentionParams& params, int32_t* ranges, void* stream);
 
 // mask (planes, rows, cols) of dropout.h, plane = batch * Hq + h; seed points to one value on the device.

@@ -1,6 +1,6 @@
 // The producer warps of a pair of CTAs (paired_backward.cuh): one copies tiles; in the second CTA one hands dS to the
-// first. Those that plan and that bring row values are backward_producers.cuh's; the one that adds dQ and the loading of
-// a tile are wide_backward_producers.cuh's.
+// first. Those that plan and that bring row values are backward_producers.cuh's; the one that adds dQ and the loading
+// of a tile are wide_backward_producers.cuh's.
 #pragma once
 
 #include "sm90/paired_backward_layout.cuh"
