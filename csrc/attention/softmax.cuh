@@ -12,6 +12,10 @@ namespace hf_flash {
 // of two: until then probabilities grow to at most 2^8, far inside float16, and most tiles rescale nothing.
 constexpr float kMaximumSlack = 8.0f;
 
+// Where a tile's maxima are not asked for, its probabilities are of the maximum so far, whatever they become. A lane's
+// sum of a row's tells: up to this much no probability is larger, far inside float16.
+constexpr float kMostTrusted = 8192.0f;
+
 // Stands for "nothing visible yet": finite, so that exp2(-inf - it) is 0 and never NaN, and below every finite score.
 constexpr float kNothingSeen = -3.0e38f;
 
@@ -27,24 +31,41 @@ struct OnlineSoftmax {
 
   // Takes a tile's maxima, this lane's part, into account. Returns whether a maximum of the warp's rows moved; then sum
   // is rescaled, and out must be multiplied by `correction`. factor > 0.
-  __device__ __forceinline__ bool raise_max(RowVector<ROWS> top, float factor, RowVector<ROWS>& correction) {
+  __device__ __forceinline__ bool raise_max(RowVector<ROWS> top, float factor, RowVector<ROWS>& correction,
+                                            float slack = kMaximumSlack) {
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
       top.v[i] *= factor;
-      moved |= top.v[i] > max.v[i] + kMaximumSlack;
+      moved |= top.v[i] > max.v[i] + slack;
     }
     moved = any_lane(moved);
     if (!moved) return false;
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
       const float row_top = quad_max(top.v[i]);
-      const float new_max = row_top > max.v[i] + kMaximumSlack ? row_top : max.v[i];
+      const float new_max = row_top > max.v[i] + slack ? row_top : max.v[i];
       correction.v[i] = exp2_fast(max.v[i] - new_max);
       max.v[i] = new_max;
       sum.v[i] *= correction.v[i];
     }
     return true;
+  }
+
+  // Is there a row of the warp that has seen nothing?
+  __device__ __forceinline__ bool waits_for_first() const {
+    bool waits = false;
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) waits |= max.v[i] == kNothingSeen;
+    return any_lane(waits);
+  }
+  // The rows that have seen nothing take a tile's maxima, this lane's part; no other row changes by a bit.
+  __device__ __forceinline__ void take_first_max(const RowVector<ROWS>& top, float factor) {
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
+      const float row_top = quad_max(top.v[i] * factor);
+      if (max.v[i] == kNothingSeen && row_top > kNothingSeen) max.v[i] = row_top;
+    }
   }
 
   template <int COLS>
@@ -84,9 +105,15 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of columns [8 first_n, 8 (first_n + count)) become probabilities (of the reference maximum), summed up.
+  // Scores of columns [8 first_n, 8 (first_n + count)) become probabilities (of the reference maximum), which are added
+  // to `sum`.
   template <int KEYS>
   __device__ __forceinline__ void exponentiate(Accumulator<ROWS, KEYS>& s, float factor, int first_n, int count) {
+    exponentiate(s, factor, first_n, count, sum);
+  }
+  template <int KEYS>
+  __device__ __forceinline__ void exponentiate(Accumulator<ROWS, KEYS>& s, float factor, int first_n, int count,
+                                               RowVector<ROWS>& sum) const {
 #pragma unroll
     for (int i = 0; i < RowVector<ROWS>::kCount; ++i) {
 #pragma unroll
@@ -98,6 +125,11 @@ struct OnlineSoftmax {
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void add(const RowVector<ROWS>& part) {
+#pragma unroll
+    for (int i = 0; i < RowVector<ROWS>::kCount; ++i) sum.v[i] += part.v[i];
   }
 
   // Ends the row's sum and takes the sink in (its logit in log2 units, -inf for none). Returns what to multiply row i

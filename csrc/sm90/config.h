@@ -18,6 +18,14 @@ struct ForwardConfig {
   int bias_stages = 2;            // tiles of a bias, with extras; float32 rows take two
 };
 
+// Does the forward do without a tile's own maximum (forward_again.cuh)? Beside the products of the other warpgroups the
+// maxima took a quarter of a softmax's time. D 64 S 512 / 1024 / 2048 / 8192 +4, 8, 7, 8 %, causal 4096 and 8192 +7; D
+// 128 +3 to +7, causal 1024 0, 2048 and 8192 +4 to +9, 512 -2. Tiles of 128 rows at D 64 -1 to +4 % at best. Dropout
+// gains 3 to 6 % at D 64 and 4 to 11 at D 128, but those two kernels have yet to pass the GPU tests.
+constexpr bool trusts_max(int head_dim, bool dropout, bool extras, bool small) {
+  return !extras && !small && head_dim <= 128 && !(dropout && head_dim % 64 == 0);
+}
+
 constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, bool small) {
 #ifdef HF_FLASH_SM90_FORWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_FORWARD_CONFIG;
@@ -35,8 +43,11 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   // Without dropout turns cost small tiles 3 % from S 384 on and gain 1 % below.
   if (head_dim <= 64) return {2, 128, 4, 2, dropout, dropout ? Order::kExponentials : Order::kOutput, !small};
   // Here the products take longer than the softmax. With turns and the output first 3 to 5 % are gained at S 8192 and
-  // more and under a causal mask; dropout likes neither, but gains up to 4 % by ptxas's own moves of descriptors.
-  if (head_dim <= 128) return {2, 128, 2, 2, !dropout, dropout ? Order::kExponentials : Order::kOutput, !dropout};
+  // more and under a causal mask, and descriptors left to ptxas gain 1 to 3 %. Dropout that asks for every maximum
+  // likes neither turns nor the output first; where it does not (D 128, S 2048) both together gain 8 %.
+  if (head_dim <= 128 && dropout && !trusts_max(head_dim, dropout, extras, small))
+    return {2, 128, 2, 2, false, Order::kExponentials, false};
+  if (head_dim <= 128) return {2, 128, 2, 2, true, Order::kOutput, dropout};
   // At D 192 the output first gains 7 % everywhere, at D 256 nothing.
   if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true, Order::kOutput};
   return {2, dropout ? 64 : 80, 2, 1, true};
@@ -60,9 +71,9 @@ constexpr SmallTiles small_tiles(bool dropout, bool extras) {
   // The linear terms in the kernel of every term, which has tiles of 128 rows: S 512 320 against 311 under a causal
   // mask, 2048 490 against 624.
   if (extras) return {1.25f, 512};
-  // Causal, S 512 259 against 189 TFLOP/s, 1024 323 against 258, 2048 376 against 374, 4096 420 against 436; with
-  // dropout 200, 251, 281 and 306 against 136, 194, 264 and 301.
-  return {dropout ? 1.09f : 1.17f, 2048};
+  // Causal, S 512 257 against 181 TFLOP/s, 1024 329 against 268, 2048 388 against 409; with dropout 200, 251, 281 and
+  // 306 against 136, 194, 264 and 301 at 512 to 4096.
+  return {dropout ? 1.09f : 1.25f, dropout ? 2048 : 1536};
 }
 
 // Keys of a CTA of the backward: the accumulators of dK and dV fill the registers of two warpgroups.

@@ -2,7 +2,7 @@
 // of query rows after the other. One producer warp copies Q, K and V into rings of shared memory; each consumer
 // warpgroup owns 64 of the rows. Q K^T of a key tile starts beside P V of the tile before, and the warpgroups take
 // turns at the tensor cores, so that one's softmax hides behind the others' products; whether it also hides behind its
-// own P V is a choice of the tile (config.h).
+// own P V is a choice of the tile (config.h). Most tiles do without a maximum of their own (forward_again.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include "attention/softmax.cuh"
 #include "instructions/warpgroup.cuh"
 #include "portable/cuda_call.h"
+#include "sm90/forward_again.cuh"
 #include "sm90/forward_producers.cuh"
 #include "sm90/forward_tiles.h"
 #include "sm90/score_terms.cuh"
@@ -75,32 +76,43 @@ struct ForwardWarpgroup {
     wgmma_commit();
   }
 
-  // Completes the raw scores of a tile and raises the running maximum. Returns whether out must be multiplied by
-  // `correction`.
-  __device__ __forceinline__ bool raise_max(const ForwardPlan<Traits>& plan, int tile, uint32_t place, bool boundary,
-                                            RowVector<16>& correction) {
+  // Completes the raw scores of a tile.
+  __device__ __forceinline__ void complete_scores(const ForwardPlan<Traits>& plan, int tile, uint32_t place,
+                                                  bool boundary) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if constexpr (Traits::kExtras) terms.apply(s, plan, place, row0, j0);
     if (boundary)
       hide_invisible<false, Traits::kMasked>(s, p, plan.sequence, row0, j0, plan.own[warpgroup].has_holes());
+  }
+  // This lane's part of a tile's maxima.
+  __device__ __forceinline__ RowVector<16> lane_max() {
     RowVector<16> top;
     take_lane_max(top, s, 0, kKeys / 8);
     if constexpr (Traits::kExtras) terms.keep_lowest_visible(s, top);
-    return softmax.raise_max(top, factor, correction);
+    return top;
+  }
+
+  // A tile's sums are added, where its maxima were not asked for once its probabilities are none too large.
+  __device__ __forceinline__ void add_sums(RowVector<16>& sum, const ForwardPlan<Traits>& plan, int tile,
+                                           uint32_t q_place, uint32_t k_place) {
+    if (any_lane(sum.v[0] > kMostTrusted || sum.v[1] > kMostTrusted))
+      exponentiate_again(*this, sum, plan, tile, q_place, k_place);
+    softmax.add(sum);
   }
 
   // Scores become probabilities of the running maximum, summed up; meanwhile dropout draws.
-  __device__ __forceinline__ void exponentiate(const ForwardPlan<Traits>& plan, int tile, DropoutTile<Traits>& kept) {
+  __device__ __forceinline__ void exponentiate(const ForwardPlan<Traits>& plan, int tile, DropoutTile<Traits>& kept,
+                                               RowVector<16>& sum) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if (drops()) {
       dropout.batch_head = plan.batch * p.heads_q + plan.head;
 #pragma unroll
       for (int n = 0; n < DropoutTile<Traits>::kDraws; ++n) {
         kept.draw(dropout, row0 / 16, j0 / 16, n);
-        softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n);
+        softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n, sum);
       }
     } else {
-      softmax.exponentiate(s, factor, 0, kKeys / 8);
+      softmax.exponentiate(s, factor, 0, kKeys / 8, sum);
     }
   }
 
@@ -180,9 +192,10 @@ struct ForwardWarpgroup {
 template <class Traits>
 __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardMaps& maps,
                                         const ForwardShared<Traits>& shared, int warpgroup) {
+  constexpr bool kTrusts = Traits::kTrustsMax;
   ForwardWarpgroup<Traits> state(p, maps, shared, warpgroup);
   if (warpgroup == Traits::kWarpgroups - 1) state.pass_turn();  // the first turn is the first warpgroup's
-  uint32_t n = 0, tiles = 0;                                    // pieces of work and key tiles: places in the rings
+  uint32_t n = 0, tiles = 0, k_place = 0;                       // pieces of work and key tiles: places in the rings
   shared.q.wait_full(n);
   const ForwardPlan<Traits>* plan = &shared.plan(n);
   if (plan->row0 < 0) return;
@@ -190,27 +203,32 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   int tile = plan->tiles.end - 1;
   RowVector<16> correction;
 
-  shared.k.wait_full(tiles);
+  shared.k.wait_full(k_place);
   state.wait_for_turn();
-  state.start_scores(n, tiles);
+  state.start_scores(n, k_place);
   state.pass_turn();
   state.stage_terms(*plan, tile);
   wgmma_wait<0>();
   wgmma_settle(state.s);
-  shared.k.release(tiles);
-  if (state.is_last(*plan, tile)) shared.q.release(n);
+  if constexpr (!kTrusts) {
+    shared.k.release(k_place);
+    if (state.is_last(*plan, tile)) shared.q.release(n);
+  }
   {
     DropoutTile<Traits> kept;
-    state.raise_max(*plan, tile, tiles, state.has_boundary(*plan, tile), correction);
-    state.exponentiate(*plan, tile, kept);
+    state.complete_scores(*plan, tile, tiles, state.has_boundary(*plan, tile));
+    state.softmax.raise_max(state.lane_max(), state.factor, correction);
+    state.exponentiate(*plan, tile, kept, state.softmax.sum);
     state.round_probabilities(kept);
   }
 
   bool fresh = true;  // out, of a piece of work's first tile
+  RowVector<16> sum;  // of a tile's probabilities
+  sum.fill(0.0f);
   for (;; ++tiles) {
     const ForwardPlan<Traits>* const current = plan;
     const bool ends = state.is_last(*plan, tile);
-    --tile;
+    const int tile_before = tile--;
     if (ends) {
       shared.q.wait_full(++n);
       plan = &shared.plan(n);
@@ -224,23 +242,39 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
       last = state.is_last(*plan, tile);
     };
     if constexpr (Traits::kKeepsRange) look_up_tile();
-    shared.k.wait_full(tiles + 1);
+    const uint32_t k_before = k_place;
+    k_place = Traits::next_k(k_place, tiles);
+    shared.k.wait_full(k_place);
     state.wait_for_turn();
-    state.start_scores(n, tiles + 1);
+    state.start_scores(n, k_place);
+    // While Q K^T runs, behind which P V would wait anyway.
+    if constexpr (Traits::kChecksLate) state.add_sums(sum, *current, tile_before, n - ends, k_before);
     shared.v.wait_full(tiles);
     state.start_output(tiles, fresh);
     fresh = ends;
     state.pass_turn();
     const OnlineSoftmax<16> final = state.softmax;
     if (ends) state.softmax = OnlineSoftmax<16>();
+    const bool waits = kTrusts && state.softmax.waits_for_first();
     if constexpr (!Traits::kKeepsRange) look_up_tile();
     state.stage_terms(*plan, tile);
     wgmma_wait<1>();
     wgmma_settle(state.s);
-    shared.k.release(tiles + 1);
-    if (last) shared.q.release(n);
+    if constexpr (kTrusts) {  // of the tile before, whose scores are not needed again
+      shared.k.release(k_before);
+      if (ends) shared.q.release(n - 1);
+    } else {
+      shared.k.release(k_place);
+      if (last) shared.q.release(n);
+    }
     DropoutTile<Traits> kept;  // not carried round the loop: without dropout it would hold its registers all the time
-    const bool moved = state.raise_max(*plan, tile, tiles + 1, boundary, correction);
+    state.complete_scores(*plan, tile, tiles + 1, boundary);
+    bool moved = false;  // then out must be multiplied by `correction`
+    if constexpr (!kTrusts) {
+      moved = state.softmax.raise_max(state.lane_max(), state.factor, correction);
+    } else if (waits) {
+      state.softmax.take_first_max(state.lane_max(), state.factor);
+    }
     const auto finish_output = [&] {
       wgmma_wait<0>();
       wgmma_settle(state.out);
@@ -253,12 +287,15 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
     };
     constexpr Order kOrder = Traits::kConfig.order;
     if constexpr (kOrder == Order::kOutput) finish_output();
-    state.exponentiate(*plan, tile, kept);
+    if constexpr (kTrusts) sum.fill(0.0f);
+    state.exponentiate(*plan, tile, kept, kTrusts ? sum : state.softmax.sum);
     if constexpr (kOrder == Order::kExponentials) state.hold_exponentials(tiles);
     if constexpr (kOrder != Order::kOutput) finish_output();
     state.round_probabilities(kept);
+    if constexpr (kTrusts && !Traits::kChecksLate) state.add_sums(sum, *plan, tile, n, k_place);
   }
 
+  if constexpr (Traits::kChecksLate) state.add_sums(sum, shared.plan(n - 1), tile + 1, n - 1, k_place);
   shared.v.wait_full(tiles);
   state.start_output(tiles, fresh);
   wgmma_wait<0>();

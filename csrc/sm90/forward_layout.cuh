@@ -28,6 +28,19 @@ struct ForwardTraits {
   // +1, +3, +4, D 128 -1 to +2 %; others were not measured. Without dropout 0 to +1.5 %, but tiles of 128 rows -2 to -6
   // under a causal mask, and D 128 S 512 -6 % with a mask of keys.
   static constexpr bool kKeepsRange = DROPOUT && !kExtras && (HEAD_DIM == 64 || HEAD_DIM == 128);
+  // A tile's probabilities are of the maximum so far; the tile's own is asked for only where they become too large.
+  static constexpr bool kTrustsMax = trusts_max(HEAD_DIM, DROPOUT, kExtras, SMALL);
+  // They are looked at while the next Q K^T runs, which D 64 has no registers for.
+  static constexpr bool kChecksLate = kTrustsMax && HEAD_DIM > 64;
+  static_assert(!kTrustsMax || (kConfig.q_stages >= 2 && kConfig.keys % 32 == 0));
+  // K of a tile stays until the scores of the next one are there.
+  static constexpr int kKStages = kConfig.stages + (kTrustsMax && kConfig.stages == 2 ? 1 : 0);
+  // With three of them the ring has a fourth place that is skipped: no division by 3 a tile.
+  static constexpr int kKPlaces = kKStages == 3 ? 4 : kKStages;
+  // tiles: so far, which is the place itself where none is skipped.
+  __device__ static uint32_t next_k(uint32_t place, uint32_t tiles) {
+    return kKStages == 3 ? place + 1 + (place % 4 == 2) : tiles + 1;
+  }
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kKeys = kConfig.keys;
@@ -38,7 +51,8 @@ struct ForwardTraits {
   using QTile = SwizzledTile<kRows, HEAD_DIM>;
   using KVTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QRing = Ring<kConfig.q_stages>;
-  using KVRing = Ring<kConfig.stages>;
+  using KRing = Ring<kKPlaces>;
+  using VRing = Ring<kConfig.stages>;
   // What is added to each score (score_terms.cuh).
   using ScoreTile = SwizzledTile<kRows, kKeys>;
   using ScoreRing = Ring<kConfig.bias_stages>;
@@ -49,7 +63,7 @@ struct ForwardTraits {
 
   // Shared memory: Q, K, V, bias, plans, barriers.
   static constexpr int kK = kConfig.q_stages * QTile::kBytes;
-  static constexpr int kV = kK + kConfig.stages * KVTile::kBytes;
+  static constexpr int kV = kK + kKStages * KVTile::kBytes;
   static constexpr int kScores = kV + kConfig.stages * KVTile::kBytes;
   static constexpr int kPlan = kScores + kScoreBytes;
 };
@@ -99,15 +113,18 @@ struct ForwardPlan {
 
 template <class Traits>
 struct ForwardShared {
+  using Plans = Ring<Traits::kPlans>;
   static constexpr int kBarriers = (Traits::kPlan + Traits::kPlans * sizeof(ForwardPlan<Traits>) + 7) / 8 * 8;
-  static constexpr int kBytes =
-      kBarriers + 2 * Traits::QRing::kBytes + 2 * Traits::KVRing::kBytes + Traits::ScoreRing::kBytes + 8;
+  static constexpr int kBytes = kBarriers + Traits::QRing::kBytes + Plans::kBytes + Traits::KRing::kBytes +
+                                Traits::VRing::kBytes + Traits::ScoreRing::kBytes + 8;
   static_assert(kBytes <= 227 * 1024);
 
   char* memory;
   uint32_t base;
-  typename Traits::QRing q, planned;  // of planned only the full barriers are used: a plan is free when Q is
-  typename Traits::KVRing k, v;
+  typename Traits::QRing q;
+  Plans planned;  // only the full barriers are used
+  typename Traits::KRing k;
+  typename Traits::VRing v;
   typename Traits::ScoreRing scores;
   uint32_t landed;  // barrier of V tiles that the producer must clean before anybody reads them
 
@@ -116,9 +133,9 @@ struct ForwardShared {
         base(shared_address(memory)),
         q(base + kBarriers),
         planned(q.barriers + Traits::QRing::kBytes),
-        k(planned.barriers + Traits::QRing::kBytes),
-        v(k.barriers + Traits::KVRing::kBytes),
-        scores(v.barriers + Traits::KVRing::kBytes),
+        k(planned.barriers + Plans::kBytes),
+        v(k.barriers + Traits::KRing::kBytes),
+        scores(v.barriers + Traits::VRing::kBytes),
         landed(scores.barriers + Traits::ScoreRing::kBytes) {}
 
   __device__ void init() const {
@@ -129,6 +146,13 @@ struct ForwardShared {
     scores.init(warps(4 * Traits::kWarpgroups));
     mbarrier_init(landed, 1);
   }
+  // A plan waits for the place of its Q, which is given back when no later plan can be at its own place. Where Q stays
+  // until the next piece of work has begun, its plan comes sooner, or it would not be known in time: when the Q three
+  // before is given back.
+  __device__ __forceinline__ void wait_for_plan_place(uint32_t work) const {
+    if (!Traits::kTrustsMax) q.wait_empty(work);
+    if (Traits::kTrustsMax && work > 0) q.wait_empty(work - 1);
+  }
   // Of the work that is the work-th of this CTA.
   __device__ ForwardPlan<Traits>& plan(uint32_t work) const {
     return reinterpret_cast<ForwardPlan<Traits>*>(memory + Traits::kPlan)[work % Traits::kPlans];
@@ -137,10 +161,10 @@ struct ForwardShared {
     return base + Traits::QRing::stage(place) * Traits::QTile::kBytes;
   }
   __device__ uint32_t k_tile(uint32_t place) const {
-    return base + Traits::kK + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
+    return base + Traits::kK + Traits::KRing::stage(place) * Traits::KVTile::kBytes;
   }
   __device__ uint32_t v_tile(uint32_t place) const {
-    return base + Traits::kV + Traits::KVRing::stage(place) * Traits::KVTile::kBytes;
+    return base + Traits::kV + Traits::VRing::stage(place) * Traits::KVTile::kBytes;
   }
   __device__ uint32_t score_tile(uint32_t place) const {
     return base + Traits::kScores + Traits::ScoreRing::stage(place) * Traits::ScoreTile::kBytes;
@@ -166,18 +190,21 @@ struct DropoutTile {
       words[n] = drawn;
     }
   }
-  __device__ __forceinline__ void apply(const FragmentDropout<false>& dropout,
-                                        OperandA<16, Traits::kKeys>& probabilities) const {
+  // To the probabilities of the blocks of 16 keys from `first` on.
+  template <int KEYS>
+  __device__ __forceinline__ void apply(const FragmentDropout<false>& dropout, OperandA<16, KEYS>& probabilities,
+                                        int first = 0) const {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int n = 0; n < KEYS / 16; ++n) {
+      const int block = first + n;
       uint32_t made[4];
       if constexpr (!kMasks) make_masks(made, dropout, words[block / 2], block % 2);
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         if constexpr (kMasks) {
-          probabilities.x[0][block][x] &= ~mask[block][x];
+          probabilities.x[0][n][x] &= ~mask[block][x];
         } else {
-          probabilities.x[0][block][x] &= ~made[x];
+          probabilities.x[0][n][x] &= ~made[x];
         }
       }
     }

@@ -40,7 +40,7 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
     // A shorter sequence than the longest, or no work in this round.
     if (!last && work.tile * Traits::kRows >= sequence.len_q) continue;
     const bool holes = ForwardPlan<Traits>::finds_holes(p, sequence, work);  // before the wait, which hides it
-    shared.q.wait_empty(n);
+    shared.wait_for_plan_place(n);
     shared.plan(n).make(p, sequence, work, holes);
     __syncwarp();
     if (!last && shared.plan(n).tiles.empty()) {
@@ -60,7 +60,7 @@ template <class Traits>
 __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardMaps& maps,
                                         const ForwardShared<Traits>& shared) {
   using KVTile = typename Traits::KVTile;
-  uint32_t tiles = 0, landed_parity = 0;  // key tiles so far
+  uint32_t tiles = 0, k_place = 0, landed_parity = 0;  // key tiles so far
   const bool leader = elect_one();
 
   for (uint32_t n = 0;; ++n) {
@@ -68,15 +68,18 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
     const ForwardPlan<Traits>& plan = shared.plan(n);
     const int begin = uniform(plan.tiles.begin), end = uniform(plan.tiles.end);
     if (plan.row0 < 0) {
+      if (Traits::kTrustsMax) shared.q.wait_empty(n);
       if (leader) mbarrier_arrive(shared.q.full(n));
       return;
     }
-    __syncwarp();
-    if (leader) {
+    const auto load_q = [&] {
+      if (Traits::kTrustsMax) shared.q.wait_empty(n);  // otherwise the plan's place was waited for with it
+      __syncwarp();
+      if (!leader) return;
       mbarrier_arrive_expect_bytes(shared.q.full(n), Traits::QTile::kBytes);
       load_tile<typename Traits::QTile>(shared.q_tile(n), maps.q, shared.q.full(n), plan.sequence.first_q + plan.row0,
                                         coordinate_of(p.q.head, plan.head), coordinate_of(p.q.batch, plan.batch));
-    }
+    };
 
     const int kv_head = plan.head / (p.heads_q / p.heads_k);
     const auto load = [&](uint32_t tile, const CUtensorMap& map, const Rows& rows, uint32_t barrier, int j0) {
@@ -96,9 +99,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
                                             coordinate_of(p.bias.head, plan.head),
                                             coordinate_of(p.bias.batch, plan.batch), tile * Traits::kKeys);
     };
-    const auto load_k = [&](int tile, uint32_t place) {
-      shared.k.wait_empty(place);
-      load(shared.k_tile(place), maps.k, p.k, shared.k.full(place), tile * Traits::kKeys);
+    const auto load_k = [&](int tile) {
+      shared.k.wait_empty(k_place);
+      load(shared.k_tile(k_place), maps.k, p.k, shared.k.full(k_place), tile * Traits::kKeys);
+      k_place = Traits::next_k(k_place, k_place);
     };
     // Rows of other sequences or of padding must not reach P V: 0 * NaN. What lies past the tensor is zero already.
     const auto load_v = [&](int tile) {
@@ -116,10 +120,12 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const ForwardM
       }
       ++tiles;
     };
-    load_k(end - 1, tiles);
+    if (!Traits::kTrustsMax) load_q();
+    load_k(end - 1);
+    if (Traits::kTrustsMax) load_q();
     load_bias(end - 1, tiles);
     for (int tile = end - 1; tile > begin; --tile) {
-      load_k(tile - 1, tiles + 1);
+      load_k(tile - 1);
       load_v(tile);
       load_bias(tile - 1, tiles);
     }
