@@ -20,11 +20,9 @@ struct ForwardConfig {
 
 // Does the forward do without a tile's own maximum (forward_again.cuh)? Beside the products of the other warpgroups the
 // maxima took a quarter of a softmax's time. D 64 S 512 / 1024 / 2048 / 8192 +4, 8, 7, 8 %, causal 4096 and 8192 +7; D
-// 128 +3 to +7, causal 1024 0, 2048 and 8192 +4 to +9, 512 -2. Tiles of 128 rows at D 64 -1 to +4 % at best. Dropout
-// gains 3 to 6 % at D 64 and 4 to 11 at D 128, but those two kernels have yet to pass the GPU tests.
-constexpr bool trusts_max(int head_dim, bool dropout, bool extras, bool small) {
-  return !extras && !small && head_dim <= 128 && !(dropout && head_dim % 64 == 0);
-}
+// 128 +3 to +7, causal 1024 0, 2048 and 8192 +4 to +9, 512 -2. With dropout D 64 +3 to +6 %, D 128 +4 to +11. Tiles of
+// 128 rows at D 64 -1 to +4 % at best.
+constexpr bool trusts_max(int head_dim, bool extras, bool small) { return !extras && !small && head_dim <= 128; }
 
 constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, bool small) {
 #ifdef HF_FLASH_SM90_FORWARD_CONFIG  // for sweeps
@@ -43,10 +41,7 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   // Without dropout turns cost small tiles 3 % from S 384 on and gain 1 % below.
   if (head_dim <= 64) return {2, 128, 4, 2, dropout, dropout ? Order::kExponentials : Order::kOutput, !small};
   // Here the products take longer than the softmax. With turns and the output first 3 to 5 % are gained at S 8192 and
-  // more and under a causal mask, and descriptors left to ptxas gain 1 to 3 %. Dropout that asks for every maximum
-  // likes neither turns nor the output first; where it does not (D 128, S 2048) both together gain 8 %.
-  if (head_dim <= 128 && dropout && !trusts_max(head_dim, dropout, extras, small))
-    return {2, 128, 2, 2, false, Order::kExponentials, false};
+  // more and under a causal mask, and descriptors left to ptxas gain 1 to 3 %. With dropout (S 2048) both gain 8 %.
   if (head_dim <= 128) return {2, 128, 2, 2, true, Order::kOutput, dropout};
   // At D 192 the output first gains 7 % everywhere, at D 256 nothing.
   if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true, Order::kOutput};

@@ -29,7 +29,7 @@ struct ForwardTraits {
   // under a causal mask, and D 128 S 512 -6 % with a mask of keys.
   static constexpr bool kKeepsRange = DROPOUT && !kExtras && (HEAD_DIM == 64 || HEAD_DIM == 128);
   // A tile's probabilities are of the maximum so far; the tile's own is asked for only where they become too large.
-  static constexpr bool kTrustsMax = trusts_max(HEAD_DIM, DROPOUT, kExtras, SMALL);
+  static constexpr bool kTrustsMax = trusts_max(HEAD_DIM, kExtras, SMALL);
   // They are looked at while the next Q K^T runs, which D 64 has no registers for.
   static constexpr bool kChecksLate = kTrustsMax && HEAD_DIM > 64;
   static_assert(!kTrustsMax || (kConfig.q_stages >= 2 && kConfig.keys % 32 == 0));
