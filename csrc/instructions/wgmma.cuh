@@ -19,6 +19,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// The next wait comes after what x is made of: ptxas moves arithmetic behind a wait, as it likes, but not a store. This
+// one never happens, since no result of arithmetic is a NaN with all bits set. (ptxas knows that a sum of exponentials
+// is not negative, so that this would be no question to ask.)
+__device__ __forceinline__ void wgmma_wait_after(float x, uint32_t shared_address) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.eq.u32 p, %0, 0xFFFFFFFF;\n"
+      "@p st.shared.u32 [%1], %0;\n}" ::"r"(__float_as_uint(x)),
+      "r"(shared_address)
+      : "memory");
+}
+
 // Keeps the compiler from reading or moving a register that a wgmma in flight writes.
 __device__ __forceinline__ void wgmma_settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 // What it holds does not count any more: a product that may add to it, but will not, need not keep it till then.

@@ -16,6 +16,7 @@ struct ForwardConfig {
   Order order = Order::kFree;
   bool moves_descriptors = true;  // to uniform registers (tile/swizzled_tile.cuh); otherwise ptxas does
   int bias_stages = 2;            // tiles of a bias, with extras; float32 rows take two
+  int first_keys = 0;             // whose exponentials come before the end of P V although that comes first
 };
 
 // Does the forward do without a tile's own maximum (forward_again.cuh)? Beside the products of the other warpgroups the
@@ -42,7 +43,11 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   if (head_dim <= 64) return {2, 128, 4, 2, dropout, dropout ? Order::kExponentials : Order::kOutput, !small};
   // Here the products take longer than the softmax. With turns and the output first 3 to 5 % are gained at S 8192 and
   // more and under a causal mask, and descriptors left to ptxas gain 1 to 3 %. With dropout (S 2048) both gain 8 %.
-  if (head_dim <= 128) return {2, 128, 2, 2, true, Order::kOutput, dropout};
+  if (head_dim <= 128 && dropout) return {2, 128, 2, 2, true, Order::kOutput};
+  // The exponentials of 32 or 40 keys before the end of P V: D 128 S 512, 1024, 2048, 8192 +1, 4, 7, 9 %, causal 0, -1,
+  // 4, 8, D 96 2048 and 8192 +5 and 7, causal 3 and 7. Of 48 or 56 keys 0 to 3 % less; D 64 -1 to -5 %, dropout -3 to
+  // -12, D 192 and 256 -3 to +1.
+  if (head_dim <= 128) return {2, 128, 2, 2, true, Order::kOutput, false, 2, head_dim <= 96 ? 32 : 40};
   // At D 192 the output first gains 7 % everywhere, at D 256 nothing.
   if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true, Order::kOutput};
   return {2, dropout ? 64 : 80, 2, 1, true};

@@ -100,9 +100,9 @@ struct ForwardWarpgroup {
     softmax.add(sum);
   }
 
-  // Scores become probabilities of the running maximum, summed up; meanwhile dropout draws.
+  // Scores become probabilities of the running maximum, summed up; meanwhile dropout draws. first: in units of 8 keys.
   __device__ __forceinline__ void exponentiate(const ForwardPlan<Traits>& plan, int tile, DropoutTile<Traits>& kept,
-                                               RowVector<16>& sum) {
+                                               RowVector<16>& sum, int first = 0) {
     const int j0 = tile * kKeys, row0 = first_row(plan);
     if (drops()) {
       dropout.batch_head = plan.batch * p.heads_q + plan.head;
@@ -112,8 +112,14 @@ struct ForwardWarpgroup {
         softmax.exponentiate(s, factor, 4 * n, 4 * n + 4 < kKeys / 8 ? 4 : kKeys / 8 - 4 * n, sum);
       }
     } else {
-      softmax.exponentiate(s, factor, 0, kKeys / 8, sum);
+      softmax.exponentiate(s, factor, first, kKeys / 8 - first, sum);
     }
+  }
+  // Those of the first keys, which shorten the wait for a product.
+  __device__ __forceinline__ void exponentiate_first(RowVector<16>& sum) {
+    softmax.exponentiate(s, factor, 0, Traits::kFirst, sum);
+#pragma unroll
+    for (float x : sum.v) wgmma_wait_after(x, shared.base);
   }
 
   // ptxas sinks the exponentials below the wait for the product that they should hide, but moves nothing across a
@@ -286,9 +292,11 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
       }
     };
     constexpr Order kOrder = Traits::kConfig.order;
-    if constexpr (kOrder == Order::kOutput) finish_output();
+    RowVector<16>& sums = kTrusts ? sum : state.softmax.sum;
     if constexpr (kTrusts) sum.fill(0.0f);
-    state.exponentiate(*plan, tile, kept, kTrusts ? sum : state.softmax.sum);
+    if constexpr (Traits::kFirst > 0) state.exponentiate_first(sums);
+    if constexpr (kOrder == Order::kOutput) finish_output();
+    state.exponentiate(*plan, tile, kept, sums, Traits::kFirst);
     if constexpr (kOrder == Order::kExponentials) state.hold_exponentials(tiles);
     if constexpr (kOrder != Order::kOutput) finish_output();
     state.round_probabilities(kept);

@@ -33,6 +33,9 @@ struct ForwardTraits {
   // They are looked at while the next Q K^T runs, which D 64 has no registers for.
   static constexpr bool kChecksLate = kTrustsMax && HEAD_DIM > 64;
   static_assert(!kTrustsMax || (kConfig.q_stages >= 2 && kConfig.keys % 32 == 0));
+  // So many scores, in units of 8 keys, are exponentiated before the end of P V is waited for.
+  static constexpr int kFirst = kConfig.first_keys / 8;
+  static_assert(kFirst == 0 || (kConfig.order == Order::kOutput && !DROPOUT && !kExtras));
   // K of a tile stays until the scores of the next one are there.
   static constexpr int kKStages = kConfig.stages + (kTrustsMax && kConfig.stages == 2 ? 1 : 0);
   // With three of them the ring has a fourth place that is skipped: no division by 3 a tile.
