@@ -45,8 +45,8 @@ constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras, 
   // more and under a causal mask, and descriptors left to ptxas gain 1 to 3 %. With dropout (S 2048) both gain 8 %.
   if (head_dim <= 128 && dropout) return {2, 128, 2, 2, true, Order::kOutput};
   // The exponentials of 32 or 40 keys before the end of P V: D 128 S 512, 1024, 2048, 8192 +1, 4, 7, 9 %, causal 0, -1,
-  // 4, 8, D 96 2048 and 8192 +5 and 7, causal 3 and 7. Of 48 or 56 keys 0 to 3 % less; D 64 -1 to -5 %, dropout -3 to
-  // -12, D 192 and 256 -3 to +1.
+  // 4, 8, D 96 2048 and 8192 +5 and 7, causal 3 and 7. Of 48 or 56 keys 0 to 7 % less; D 64 -1 to -5 %, dropout -1 to
+  // -13, D 192 and 256 -3 to +1.
   if (head_dim <= 128) return {2, 128, 2, 2, true, Order::kOutput, false, 2, head_dim <= 96 ? 32 : 40};
   // At D 192 the output first gains 7 % everywhere, at D 256 nothing.
   if (head_dim <= 192) return {2, dropout ? 64 : 96, 2, 1, true, Order::kOutput};

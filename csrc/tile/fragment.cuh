@@ -58,21 +58,19 @@ struct OperandA {
   uint32_t x[kM][kK][4];
 };
 
-// A operand from accumulators rounded to T: the layouts agree, no lane moves anything. Columns from 16 first_block on,
-// as many as there are of both; to a's from 16 slot on.
+// A operand from accumulators rounded to T: the layouts agree, no lane moves anything.
 template <class T, int ROWS, int DEPTH, int COLS>
-__device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accumulator<ROWS, COLS>& s, int first_block,
-                                           int slot = 0) {
+__device__ __forceinline__ void to_operand(OperandA<ROWS, DEPTH>& a, const Accumulator<ROWS, COLS>& s,
+                                           int first_block) {
 #pragma unroll
   for (int m = 0; m < ROWS / 16; ++m) {
 #pragma unroll
-    for (int k = 0; k < (DEPTH < COLS ? DEPTH : COLS) / 16; ++k) {
+    for (int k = 0; k < DEPTH / 16; ++k) {
       const int n = 2 * (first_block + k);
-      uint32_t (&x)[4] = a.x[m][slot + k];
-      x[0] = pack<T>(s.x[m][n][0], s.x[m][n][1]);
-      x[1] = pack<T>(s.x[m][n][2], s.x[m][n][3]);
-      x[2] = pack<T>(s.x[m][n + 1][0], s.x[m][n + 1][1]);
-      x[3] = pack<T>(s.x[m][n + 1][2], s.x[m][n + 1][3]);
+      a.x[m][k][0] = pack<T>(s.x[m][n][0], s.x[m][n][1]);
+      a.x[m][k][1] = pack<T>(s.x[m][n][2], s.x[m][n][3]);
+      a.x[m][k][2] = pack<T>(s.x[m][n + 1][0], s.x[m][n + 1][1]);
+      a.x[m][k][3] = pack<T>(s.x[m][n + 1][2], s.x[m][n + 1][3]);
     }
   }
 }
