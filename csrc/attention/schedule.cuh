@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace hf_flash {
@@ -49,9 +50,18 @@ struct PersistentSchedule {
   bool listed = false;
   int32_t side = 1;  // so many neighbouring CTAs stay in the order of their numbers, each with a tile of the same head
   bool by_tile = false;  // of those of a sequence the longest first, all heads side by side; or head after head
+  int32_t divided_round = INT32_MAX;  // from this round on, pieces of work are divided (attention/divided_work.h)
 
   int64_t works() const { return int64_t{tiles} * planes; }
 
+  // How many planes fill rounds of CTAs, or nearly: the first such number from `least` on, below `most`.
+  int64_t planes_that_fill(int64_t least, int64_t most, int32_t ctas) const {
+    for (int64_t width = std::max<int64_t>(least, 1); width < most; ++width) {
+      const int64_t places = (width * tiles + ctas - 1) / ctas * ctas;
+      if (20 * width * tiles >= 19 * places) return width;
+    }
+    return std::max<int64_t>({least, most, 1});
+  }
   // widest: planes that a section may have; ctas: as many as run at once.
   void sort_by_length(int64_t widest, int32_t ctas) {
     const int64_t sections = (planes + widest - 1) / widest;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "attention/divided_work.h"
 #include "attention/sequence.h"
 
 namespace hf_flash {
@@ -34,6 +35,7 @@ struct DqAccumulatorOf {
   // added to have no sums. 0: they are zeroed before, and the additions just add.
   int32_t stored_rows = 0;
   bool ordered = false;                        // the additions are
+  DividedWork divided;                         // whose description the kernel of the row sums writes
   static constexpr int32_t kStored = 1 << 24;  // more than there are key tiles
 
   DqAccumulatorOf() = default;

@@ -47,6 +47,9 @@ __global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams
   }
   if (accumulator.counters != nullptr && threadIdx.x < Accumulator::kCounters)
     accumulator.counter(sequence, b, head, first_row)[threadIdx.x] = 0;
+  if constexpr (sizeof(Element) == 2) {
+    if (accumulator.divided.ctas > 0 && blockIdx.x == 0) accumulator.divided.lay_out(p);
+  }
   const int32_t lane = threadIdx.x % kLanes;
   const auto* dout = static_cast<const Element*>(p.dout.data) + b * p.dout.batch + head * p.dout.head;
   const auto* out = static_cast<const Element*>(p.out.data) + b * p.out.batch + head * p.out.head;

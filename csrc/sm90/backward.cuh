@@ -11,6 +11,7 @@
 #include "sm90/backward_launch.cuh"
 #include "sm90/backward_producers.cuh"
 #include "sm90/backward_warpgroup.cuh"
+#include "sm90/dq_addition.cuh"
 #include "sm90/dq_relay.cuh"
 #include "sm90/tall_backward.cuh"
 
@@ -43,7 +44,10 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   bool adds = false;  // dQ of the step before to what dq's registers hold
   if (kRelays) wgmma_forget(state.dq);
   for (;; ++step) {
+    // While nothing is under way; otherwise they would wait behind products.
     step = uniform(step);
+    n_before = uniform(n_before);
+    const uint32_t keys_next = uniform(state.keys_of(n_next));
     state.publish_ds(step);
     if (n_next < 0) break;
     state.wait_for_turn();
@@ -67,7 +71,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
       state.pass_turn();
       shared.k.wait_full(n_next);
     }
-    state.start_scores(n_next, step + 1);
+    state.start_scores(keys_next, step + 1);
     if (!moves) state.pass_turn();
     const BackwardStep& next = shared.step(step + 1);
     const int n_after = uniform(next.next);
@@ -100,7 +104,6 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   wgmma_settle(state.dk);
   wgmma_settle(state.dv);
   wgmma_settle(state.dq);
-  state.store(shared.plan(n));
   if (step > 0) {
     leave(step - 1, shared.step(step - 1).route);
     if (!kRelays) shared.dq.release(step - 1);
@@ -112,6 +115,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   wgmma_settle(state.dq);
   leave(step, shared.step(step).route);
   if (!kRelays) shared.dq.release(step);
+  state.template store<true>(shared.plan(n));
 }
 
 template <class Traits>
@@ -161,6 +165,7 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
   } else {
     const int stored_rows = grid.stores_first ? Traits::kQueries : 0;
     accumulator = Sums(p, p.workspace, Traits::kHeadDim, grid.finishes_dq, stored_rows);
+    accumulator.divided = grid.divided;
   }
   run_passes<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);
 }

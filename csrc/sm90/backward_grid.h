@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/divided_work.h"
 #include "params.h"
 #include "sm90/config.h"
 
@@ -15,10 +16,11 @@ struct BackwardGrid {
   // Where all key tiles of a head see the same queries, or there is one alone, all of them start in the same round,
   // each at a query tile of its own, and take turns at dQ with next to no waiting.
   bool rotates;
-  bool finishes_dq;   // so the order is fixed, and the last turn can write dq
-  bool stores_first;  // the first to add to a query tile's dQ stores, and nobody has to zero it
-  bool spreads;       // the key tiles of a head start at query tiles apart from each other's
-  bool tall;          // query tiles of 80
+  bool finishes_dq;     // so the order is fixed, and the last turn can write dq
+  bool stores_first;    // the first to add to a query tile's dQ stores, and nobody has to zero it
+  bool spreads;         // the key tiles of a head start at query tiles apart from each other's
+  bool tall;            // query tiles of 80
+  DividedWork divided;  // the last pieces of work, perhaps
   // The key tiles of a head are at work in the CTAs of a cluster of so many: sums of dQ go from one's shared memory to
   // the next one's, and the last CTA writes dq. 0: the sums are in global memory.
   int cluster;
@@ -41,12 +43,31 @@ struct BackwardGrid {
     stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
     spreads = rotates || (stores_first && !p.deterministic);
     tall = tall_pays && !finishes_dq;
+    const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr;
+    if (head_dim <= 128 && equal_steps && !ordered(p)) divide(p, tiles, head_dim);
     ctas *= team;
   }
 
   bool relays() const { return cluster > 0; }
 
  private:
+  // Are the additions to dQ?
+  bool ordered(const AttentionParams& p) const { return p.deterministic || finishes_dq; }
+
+  void divide(const AttentionParams& p, int tiles, int head_dim) {
+    const int64_t works = int64_t{tiles} * p.batch * p.heads_k;
+    if (p.seqlen_q < kDividedFromQueries || works <= ctas || works % ctas == 0 || works > INT32_MAX) return;
+    DividedWork work;
+    work.ctas = ctas;
+    work.before = static_cast<int32_t>((works / ctas - 1) * ctas);
+    work.pieces = static_cast<int32_t>(works - work.before);
+    const int queries = tall ? kTallQueries : backward_config(head_dim, p.has_extras()).queries;
+    work.steps = p.heads_q / p.heads_k * ((p.seqlen_q + queries - 1) / queries);
+    work.tiles = tiles;
+    work.heads = p.heads_k;
+    if (work.fits(p, 2 * backward_keys(head_dim) * head_dim)) divided = work;
+  }
+
   // With fewer query tiles than key tiles, CTAs would wait for each other.
   static bool has_query_tiles(const AttentionParams& p, int tiles) {
     return int64_t{p.seqlen_q + 127} / 128 * (p.heads_q / p.heads_k) >= tiles;

@@ -23,7 +23,8 @@ struct BackwardPlan {
   int j0, kv_head;  // j0 = -1: there is no more
   int begin, end;   // queries, multiples of the tile
   int first_head, end_head;
-  int start_head, start_i0;               // of the first step
+  int start, steps;                       // number of the first step, counted from the lowest queries of the first head
+  int shared;                             // with another CTA, see below
   int turn, turns;                        // among the key tiles that some query sees, of which there are `turns`
   int finishing;                          // so many of the last steps finish dq of their queries
   int zero_queries_from, zero_keys_from;  // rows from here on hold something else, if they lie inside the tensor
@@ -32,6 +33,15 @@ struct BackwardPlan {
 
   __device__ int batch() const { return sequence.number; }
   __device__ bool empty() const { return begin == end; }
+  // Another CTA has the first steps or the others, and this one gives its sums or takes the other's.
+  __device__ bool gives() const { return shared < 0; }
+  __device__ bool takes() const { return shared > 0; }
+  __device__ int place() const { return abs(shared) - 1; }
+  // Of queries, of one head.
+  template <int QUERIES>
+  __device__ int tiles() const {
+    return (end - begin) / QUERIES;
+  }
   // The queries that see all of the 64 keys of a warpgroup.
   __device__ KeyRange queries_of_all(const AttentionParams& p, int warpgroup) const {
     const int from = j0 + 64 * warpgroup, to = from + 64;
@@ -59,9 +69,9 @@ struct StepWalk {
 
   __device__ explicit StepWalk(const BackwardPlan& plan)
       : plan(plan),
-        head(plan.start_head),
-        i0(plan.start_i0),
-        left((plan.end_head - plan.first_head) * ((plan.end - plan.begin) / QUERIES)) {}
+        head(plan.first_head + plan.start / plan.tiles<QUERIES>()),
+        i0(plan.begin + plan.start % plan.tiles<QUERIES>() * QUERIES),
+        left(plan.steps) {}
   __device__ bool exists() const { return left > 0; }
   __device__ bool last() const { return left == 1; }
   __device__ void next() {
@@ -209,7 +219,8 @@ struct BackwardTraits {
 // By a warp: each lane works out a part.
 template <class Traits>
 __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionParams& p, const Sequence& sequence,
-                                          const PersistentSchedule::Work& work, const BackwardGrid& grid) {
+                                          const PersistentSchedule::Work& work, const DividedWork::Part* part,
+                                          const BackwardGrid& grid) {
   const int lane = threadIdx.x % 32, j0 = work.tile * Traits::kKeys;
 #pragma unroll 1
   for (int n = 0; n < Traits::kKeys / 32; ++n) {
@@ -232,8 +243,15 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     // to where the next turn started, meet queries that all others have been at.
     const int steps = group * tiles, start = grid.spreads ? plan.turn * steps / plan.turns : steps - 1;
     plan.finishing = grid.finishes_dq ? (plan.turn + 1) * steps / plan.turns - start : 0;
-    plan.start_head = plan.first_head + (tiles > 0 ? start / tiles : 0);
-    plan.start_i0 = plan.begin + (tiles > 0 ? start % tiles * Traits::kQueries : 0);
+    plan.start = start;
+    plan.steps = steps;
+    plan.shared = 0;
+    if (part != nullptr) {
+      plan.start -= part->first;
+      if (plan.start < 0) plan.start += steps;
+      plan.steps = part->count;
+      plan.shared = part->gives >= 0 ? -part->gives - 1 : part->takes + 1;
+    }
   } else if (lane == Traits::kWarpgroups + 1) {
     plan.j0 = work.tile < 0 ? -1 : j0;
     plan.kv_head = work.head;
@@ -363,29 +381,5 @@ struct BackwardMaps {
     if (terms.copies_bias) bias = bias_map(p, queries);
   }
 };
-
-// Under a causal mask the first keys are seen by the most queries. Heads come in sections whose Q, dO and float32
-// accumulators lie in the L2 cache together, and which fill a round: with 64 MB of them S 1024 at D 64 ran at 202
-// instead of 278 TFLOP/s. At least 8 CTAs share a head, 16 where tiles of 64 keys move as many bytes for half of the
-// keys, or where the accumulators of so few heads fit: D 128, S 4096 468 -> 488. In a fixed order of the additions CTAs
-// that share one wait for each other: fewer do.
-inline PersistentSchedule backward_schedule(const AttentionParams& p, int keys, int ctas, const BackwardGrid& grid) {
-  PersistentSchedule schedule{(p.seqlen_k + keys - 1) / keys, p.heads_k, p.batch * p.heads_k};
-  schedule.listed = p.ragged() && !grid.rotates && !grid.relays();
-  if (grid.relays()) schedule.side = grid.cluster;
-  if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
-    schedule.by_tile = schedule.first_is_longest = true;
-  } else if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
-    const int64_t rows = int64_t{std::max(1, p.seqlen_q)} * (p.heads_q / p.heads_k);
-    const int64_t loaded = 2 * rows * (p.head_dim + p.head_dim_v), summed = 4 * rows * p.head_dim;
-    const int64_t cached = (32 << 20) / (loaded + summed), few = ctas / 16, many = ctas / (keys < 128 ? 16 : 8);
-    int64_t heads = std::max({(16 << 20) / (loaded + summed), cached < few ? many : std::min(cached, many),
-                              int64_t{ctas / schedule.tiles}, int64_t{1}});
-    if (p.deterministic) heads = std::max<int64_t>((32 << 20) / loaded, ctas / 4);
-    schedule.first_is_longest = true;
-    schedule.sort_by_length(heads, ctas);
-  }
-  return schedule;
-}
 
 }  // namespace hf_flash::sm90

@@ -5,6 +5,7 @@
 #include "instructions/cluster.cuh"
 #include "instructions/warpgroup.cuh"
 #include "sm90/backward_layout.cuh"
+#include "sm90/divided_sums.cuh"
 #include "sm90/gradient_terms.cuh"
 #include "tile/store.cuh"
 
@@ -15,25 +16,50 @@ struct BackwardWarpgroup {
   using T = typename Traits::T;
   using KeyTile = typename Traits::KeyTile;
   using QueryTile = typename Traits::QueryTile;
+  using Shared = BackwardShared<Traits>;
   static constexpr int kQueries = Traits::kQueries, kHeadDim = Traits::kHeadDim, kDqColumns = Traits::kDqColumns;
+  // Of K for dQ: do the warpgroups take different columns, and how far apart do these lie?
+  static constexpr bool kDqAcross = Traits::kTall || Traits::kSplitColumns;
+  static constexpr int kColumnsEach = Traits::kTall ? 64 : kDqColumns;
+  static constexpr int kColumnBytes =
+      kColumnsEach % 64 == 0 ? kColumnsEach / 64 * KeyTile::kBlockBytes : 2 * kColumnsEach;
 
   const AttentionParams& p;
   const BackwardShared<Traits>& shared;
   const GradientTerms<Traits> terms;
   const int warpgroup, warp;  // warp of the warpgroup
-  uint32_t ds_lane = 0;       // this lane's row of a tile of dS
+  uint32_t ds_lane = 0;       // this lane's place in a tile of dS
   Accumulator<16, kQueries> s, dp;
   Accumulator<16, kHeadDim> dk, dv;
   Accumulator<16, kDqColumns> dq;
   OperandA<16, kQueries> probabilities, ds;
 
+  // Descriptors of the first place of each ring, in uniform registers from here on: found where a product starts, they
+  // would wait behind the products before it.
+  const uint32_t k_rows, k_columns, v_rows, q_tiles, dout_tiles, ds_tiles;
+
   __device__ BackwardWarpgroup(const AttentionParams& p, const BackwardMaps& maps, const BackwardShared<Traits>& shared,
                                int warpgroup)
-      : p(p), shared(shared), terms{p, shared, maps.terms}, warpgroup(warpgroup), warp(uniform(threadIdx.x / 32 % 4)) {
+      : p(p),
+        shared(shared),
+        terms{p, shared, maps.terms},
+        warpgroup(warpgroup),
+        warp(uniform(threadIdx.x / 32 % 4)),
+        k_rows(KeyTile::descriptor(shared.k_tile(0) + warpgroup * 64 * 128)),
+        k_columns(KeyTile::descriptor(shared.k_tile(0) + (kDqAcross ? warpgroup * kColumnBytes : 0))),
+        v_rows(KeyTile::descriptor(shared.v_tile() + warpgroup * 64 * 128)),
+        q_tiles(QueryTile::descriptor(shared.q_tile(0))),
+        dout_tiles(QueryTile::descriptor(shared.dout_tile(0))),
+        ds_tiles(ds_descriptor()) {
     dk.clear();
     dv.clear();
     const int lane = threadIdx.x % 32;
-    ds_lane = Traits::ScoreColumns::offset(64 * warpgroup + 16 * warp + lane % 16, lane / 16);
+    ds_lane = Traits::kTall ? GradientTerms<Traits>::place(0)
+                            : Traits::ScoreColumns::offset(64 * warpgroup + 16 * warp + lane % 16, lane / 16);
+  }
+  template <class Tile>
+  __device__ static __forceinline__ uint32_t at(uint32_t first, uint32_t stage) {
+    return first + stage * (Tile::kBytes / 16);
   }
 
   // Turns at the tensor cores.
@@ -41,33 +67,33 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); }
 
   // n: place of the piece of work; step: place of the step. V has one place alone.
-  __device__ __forceinline__ void start_scores(uint32_t n, uint32_t step) {
+  __device__ __forceinline__ uint32_t keys_of(uint32_t n) const { return at<KeyTile>(k_rows, Shared::Keys::stage(n)); }
+  // keys: of the piece of work.
+  __device__ __forceinline__ void start_scores(uint32_t keys, uint32_t step) {
+    const uint32_t q = at<QueryTile>(q_tiles, Shared::Pair::stage(step));
     wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
-        s, KeyTile::descriptor(shared.k_tile(n) + warpgroup * 64 * 128), QueryTile::descriptor(shared.q_tile(step)));
+    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(s, keys, q);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dp(uint32_t step) {
+    const uint32_t dout = at<QueryTile>(dout_tiles, Shared::Pair::stage(step));
     wgmma_fence();
-    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(
-        dp, KeyTile::descriptor(shared.v_tile() + warpgroup * 64 * 128), QueryTile::descriptor(shared.dout_tile(step)));
+    start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(dp, v_rows, dout);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dk_dv(uint32_t step) {
+    const uint32_t stage = Shared::Pair::stage(step);
     wgmma_fence();
-    start_multiply<T, QueryTile>(dv, probabilities, QueryTile::descriptor(shared.dout_tile(step)));
-    start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
+    start_multiply<T, QueryTile>(dv, probabilities, at<QueryTile>(dout_tiles, stage));
+    start_multiply<T, QueryTile>(dk, ds, at<QueryTile>(q_tiles, stage));
     wgmma_commit();
   }
   // dQ = dS K (+ dQ).
   __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step, bool accumulate = false) {
     using ByQuery = typename Traits::ScoreTile;
     using ByKey = typename Traits::ScoreColumns;
-    constexpr int kOwn = Traits::kSplitColumns ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
-    const uint32_t own = shared.ds_tile(step) + warpgroup * kOwn;
-    const uint32_t a = Traits::kExtras ? ByQuery::descriptor(own) : ByKey::descriptor(own);
-    constexpr int kColumnBytes = kDqColumns % 64 == 0 ? kDqColumns / 64 * KeyTile::kBlockBytes : 2 * kDqColumns;
-    const uint32_t b = KeyTile::descriptor(shared.k_tile(n) + (Traits::kSplitColumns ? warpgroup * kColumnBytes : 0));
+    const uint32_t a = at<ByQuery>(ds_tiles, Shared::Scores::stage(step));
+    const uint32_t b = at<KeyTile>(k_columns, Shared::Keys::stage(n));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
@@ -111,7 +137,7 @@ struct BackwardWarpgroup {
   // The first of all steps.
   __device__ __forceinline__ void begin(uint32_t n, uint32_t step) {
     shared.k.wait_full(n);
-    start_scores(n, step);
+    start_scores(keys_of(n), step);
     shared.v.wait_full(n);
     const bool boundary = shared.step(step).boundary[warpgroup];
     start_dp(step);
@@ -232,8 +258,29 @@ struct BackwardWarpgroup {
     }
   }
 
-  // dK and dV of this warp's keys, rounded; both start again at zero.
+  // dS of the first place, as an operand of dQ.
+  __device__ __forceinline__ uint32_t ds_descriptor() const {
+    using ByQuery = typename Traits::ScoreTile;
+    using ByKey = typename Traits::ScoreColumns;
+    constexpr int kOwn = kDqAcross ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
+    const uint32_t own = shared.ds_tile(0) + warpgroup * kOwn;
+    return Traits::kExtras || Traits::kTall ? ByQuery::descriptor(own) : ByKey::descriptor(own);
+  }
+
+  // dK and dV of this warp's keys, rounded; both start again at zero. Of a piece of work that two CTAs share the sums
+  // go to the other one instead, or its sums are added. LAST: of the CTA's pieces, the only one that takes, and none
+  // gives.
+  template <bool LAST = false>
   __device__ __forceinline__ void store(const BackwardPlan& plan) {
+    if constexpr (!Traits::kRelays) {
+      if (LAST && plan.takes()) DividedSums<Traits>{p, plan.place()}.take(dk, dv);
+      if (!LAST && plan.gives()) {
+        DividedSums<Traits>{p, plan.place()}.give(dk, dv);
+        dk.clear();
+        dv.clear();
+        return;
+      }
+    }
     // opaque: found before the loop, it would hold a register all along.
     const float dropout_factor = Traits::kDropout ? 256.0f / opaque(p.dropout_keep) : 1.0f;
     const float dk_factor = terms.constants.scale * dropout_factor;

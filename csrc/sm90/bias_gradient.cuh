@@ -154,6 +154,8 @@ struct BiasWarpgroup {
   const int warpgroup;
   const float inverse_scale = 1.0f / constants.scale;
   FragmentDropout<false> dropout;
+  const uint32_t queries = Tile::descriptor(shared.queries(0) + warpgroup * 64 * 128);  // of the first chunk
+  const uint32_t keys = Tile::descriptor(shared.keys(0));
   Scores s, dp, sum;
   RowVector<16> lse, row_sum;
 
@@ -163,17 +165,19 @@ struct BiasWarpgroup {
     sum.clear();
   }
 
+  // From the first chunk's descriptors to another's: worked out while nothing is under way.
+  __device__ static __forceinline__ uint32_t offset(uint32_t chunk) {
+    return uniform(BiasShared::Chunks::stage(chunk) * (Config::kPlaceBytes / 16));
+  }
   // c = A B^T (+ c) over a chunk: A this warpgroup's queries of Q or dO, B the keys of K or V.
-  __device__ __forceinline__ void start_product(Scores& c, uint32_t chunk, bool accumulate) {
+  __device__ __forceinline__ void start_product(Scores& c, uint32_t chunk, uint32_t offset, bool accumulate) {
     shared.chunks.wait_full(chunk);
-    const uint32_t a = Tile::descriptor(shared.queries(chunk) + warpgroup * 64 * 128);
-    const uint32_t b = Tile::descriptor(shared.keys(chunk));
+    const uint32_t a = queries + offset, b = keys + offset;
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Config::kColumns / 16; ++k) {
+    for (int k = 0; k < Config::kColumns / 16; ++k)
       wgmma_ss<T, Config::kKeys, 0, 0>(wgmma_registers(c), a + Tile::across(k), b + Tile::across(k),
                                        accumulate || k > 0);
-    }
     wgmma_commit();
   }
   // Beside the chunk's product that is under way, those of all further chunks; each place is given back when the next
@@ -181,7 +185,7 @@ struct BiasWarpgroup {
   __device__ __forceinline__ void add_products(Scores& c, uint32_t& chunk, int head_dim) {
 #pragma unroll 1
     for (int left = Config::chunks(head_dim) - 1; left > 0; --left) {
-      start_product(c, chunk + 1, true);
+      start_product(c, chunk + 1, offset(chunk + 1), true);
       wgmma_wait<1>();
       shared.chunks.release(chunk++);
     }
@@ -199,10 +203,11 @@ struct BiasWarpgroup {
       load_row_values(task);
       prepared = prepare(tile);
     }
+    const uint32_t first = offset(chunk), dout = offset(chunk + Config::chunks(p.head_dim));
     named_barrier_wait(1 + warpgroup, 2 * kWarpgroupThreads);
-    start_product(s, chunk, !kEveryTerm);
+    start_product(s, chunk, first, !kEveryTerm);
     add_products(s, chunk, p.head_dim);
-    start_product(dp, chunk + 1, false);
+    start_product(dp, chunk + 1, dout, false);
     pass_turn();
     if (kEveryTerm) load_row_values(task);
     wgmma_wait<1>();

@@ -105,6 +105,10 @@ constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
 // 2048 +2 and +3 %, 4096 +1 %, 16384 -1 and -1 to -4 %.
 constexpr int kStoredKeys = 4096;
 
+// From so many queries on CTAs share the last pieces of work (attention/divided_work.h): S 2048 0 to 2 %, 4096 to 16384
+// +1 to +3 %; 1024 and 1536 -1 to 0 %, for which handing the sums over takes too long.
+constexpr int kDividedFromQueries = 2048;
+
 // Up to D 128: two consumer warpgroups own 64 keys each; their dK and dV stay in registers.
 struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short; kTallQueries apart

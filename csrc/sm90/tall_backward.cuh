@@ -20,29 +20,32 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
 
   __device__ __forceinline__ void start_dv(uint32_t step) {
     wgmma_fence();
-    start_multiply<T, QueryTile>(dv, probabilities, QueryTile::descriptor(shared.dout_tile(step)));
+    start_multiply<T, QueryTile>(dv, probabilities,
+                                 this->template at<QueryTile>(this->dout_tiles, Base::Shared::Pair::stage(step)));
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dk(uint32_t step) {
     wgmma_fence();
-    start_multiply<T, QueryTile>(dk, ds, QueryTile::descriptor(shared.q_tile(step)));
+    start_multiply<T, QueryTile>(dk, ds, this->template at<QueryTile>(this->q_tiles, Base::Shared::Pair::stage(step)));
     wgmma_commit();
   }
   // This warpgroup's 64 columns of dQ as rows.
-  __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step) {
-    const uint32_t a = KeyTile::descriptor(shared.k_tile(n) + warpgroup * KeyTile::kBlockBytes);
-    const uint32_t b = ScoreTile::descriptor(shared.ds_tile(step));
+  __device__ __forceinline__ void start_dq(uint32_t step) {
+    const uint32_t b = this->template at<ScoreTile>(this->ds_tiles, Base::Shared::Scores::stage(step));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
-      wgmma_ss<T, kQueries, 1, 0>(wgmma_registers(dq), a + KeyTile::down(k), b + ScoreTile::across(k), k > 0);
+      wgmma_ss<T, kQueries, 1, 0>(wgmma_registers(dq), this->k_columns + KeyTile::down(k), b + ScoreTile::across(k),
+                                  k > 0);
     wgmma_commit();
   }
 
   // dS, queries as rows, to shared memory, until both warpgroups have. dS of the step before last, which lay there, has
   // been read: they have met since.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
-    this->lay_out_ds_by_query(step);
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; ++k)
+      stmatrix_x4_transposed(shared.ds_tile(step) + this->ds_lane + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
     fence_async_proxy();
     named_barrier_wait(1, 2 * kWarpgroupThreads);
   }
@@ -77,12 +80,10 @@ __device__ __forceinline__ void consume_tall(const AttentionParams& p, const Bac
   if (n < 0) return;
   state.begin(n, step);
 
-  for (;; ++step) {
-    step = uniform(step);
-    if (n_next < 0) break;
+  const auto round = [&](uint32_t step) {
     state.start_dv(step);
     state.share_ds(step);
-    state.start_dq(n, step);
+    state.start_dq(step);
     wgmma_wait<1>();
     wgmma_settle(state.dv);
     state.start_dk(step);
@@ -101,7 +102,7 @@ __device__ __forceinline__ void consume_tall(const AttentionParams& p, const Bac
       state.store(shared.plan(n));
       shared.k.wait_full(n_next);
     }
-    state.start_scores(n_next, step + 1);
+    state.start_scores(state.k_rows, step + 1);
     if (moves) shared.v.wait_full(n_next);
     state.start_dp(step + 1);
     const int n_after = uniform(after);
@@ -109,6 +110,16 @@ __device__ __forceinline__ void consume_tall(const AttentionParams& p, const Bac
     state.differentiate(n_next, step + 1, boundary);
     n = n_next;
     n_next = n_after;
+  };
+  // Two at a time: so ptxas knows each round's places in the rings.
+  for (;; step += 2) {
+    if (n_next < 0) break;
+    round(step);
+    if (n_next < 0) {
+      ++step;
+      break;
+    }
+    round(step + 1);
   }
 
   state.start_dv(step);
@@ -117,8 +128,9 @@ __device__ __forceinline__ void consume_tall(const AttentionParams& p, const Bac
   wgmma_wait<0>();
   wgmma_settle(state.dv);
   wgmma_settle(state.dk);
-  state.store(shared.plan(n));
-  state.start_dq(n, step);
+  shared.dq.wait_full(step);  // then the other CTA's sums are there
+  state.template store<true>(shared.plan(n));
+  state.start_dq(step);
   wgmma_wait<0>();
   wgmma_settle(state.dq);
   state.lay_out_dq(step);

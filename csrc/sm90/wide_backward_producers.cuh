@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sm90/backward_producers.cuh"
+#include "sm90/dq_addition.cuh"
 #include "sm90/wide_backward_layout.cuh"
 
 namespace hf_flash::sm90 {

@@ -29,6 +29,7 @@ def calls(device, dtype):
     yield *make_qkv(device, dtype, 1, 530, 520, heads=1, head_dim=128), {"causal": True}  # query tiles of 80
     one_step = {"query_range": int32([[80, 160]], device)}  # and several pieces of work a multiprocessor
     yield *make_qkv(device, dtype, 1, 530, 520, heads=60, head_dim=128), one_step
+    yield *make_qkv(device, dtype, 1, 2560, 520, heads=27, head_dim=64), {}  # CTAs share the last pieces of work
     slopes, sink = torch.rand(2, device=device), torch.randn(2, device=device)
     bias = torch.randn(1, 2, 77, 141, device=device, dtype=dtype)
     mask = torch.rand(2, 1, 1, 141, device=device) > 0.3
