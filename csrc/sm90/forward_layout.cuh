@@ -247,12 +247,16 @@ inline PersistentSchedule forward_schedule(const AttentionParams& p, int rows, i
   if (p.window_right >= 0 && p.window_left < 0 && schedule.listed) {
     schedule.by_tile = true;
   } else if (p.window_right >= 0 && p.window_left < 0 && schedule.works() > 0) {
-    // As many heads as have their keys in the L2 cache beside what passes through it, or so few that four CTAs at a
-    // time share the keys of each. With 32 MB instead of 8 S 512 ran at 212 instead of 227 TFLOP/s, D 128 at 257 for
-    // 278.
+    // As many heads as have their keys in the L2 cache beside what passes through it: with 32 MB of them instead of 8 S
+    // 512 ran at 212 instead of 227 TFLOP/s, D 128 at 257 for 278. A fourth of the CTAs' number, if these take little
+    // more; if not, so many that they fill rounds: with a fourth D 128, S 4096 / 8192 / 16384 -5, -9, -4 %, for what
+    // comes from memory takes power from the rest.
+    const int64_t group = p.heads_q / p.heads_k;
     const int64_t bytes = 2 * int64_t{std::max(1, p.seqlen_k)} * (p.head_dim + p.head_dim_v);
-    const int64_t cached = (8 << 20) / bytes * (p.heads_q / p.heads_k);
-    schedule.sort_by_length(std::max<int64_t>(cached, ctas / 4), ctas);
+    const int64_t cached = (8 << 20) / bytes * group, fourth = ctas / 4;
+    const bool little_more = fourth * bytes <= (17 << 20) * group;
+    schedule.sort_by_length(little_more ? std::max(cached, fourth) : schedule.planes_that_fill(cached, fourth, ctas),
+                            ctas);
   }
   return schedule;
 }
