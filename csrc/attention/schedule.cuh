@@ -34,9 +34,9 @@ struct TileSchedule {
 
 // For kernels whose CTAs stay and take one tile after the other, in an order fixed beforehand. Where all tiles take
 // about as long, those of one head lie side by side. Where later tiles take longer (a causal mask), heads come in
-// sections whose keys fit the L2 cache together, the last tiles of all heads of a section first. A section begins with
-// a round of its own, and each round over the CTAs runs in the other direction than the one before: so every CTA gets
-// as much.
+// sections whose keys fit the L2 cache together, or of few heads, the last tiles of all heads of a section first. A
+// section begins with a round of its own, and each round over the CTAs runs in the other direction than the one before:
+// so every CTA gets as much.
 struct PersistentSchedule {
   int32_t tiles;                  // tiles of the longest sequence
   int32_t heads;                  // a sequence

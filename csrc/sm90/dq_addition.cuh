@@ -142,7 +142,8 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       bulk_commit();
       bulk_wait_read<0>();
     }
-    mbarrier_arrive(shared.planned.empty(n));  // the consumers have stored dK and dV before their last dQ
+    // The consumers have stored dK and dV before their last dQ, but for the last plan, behind which none is made.
+    mbarrier_arrive(shared.planned.empty(n));
   }
   end_turn();
   bulk_wait<0>();
