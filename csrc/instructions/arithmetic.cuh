@@ -93,6 +93,13 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(address)) : "memory");
   return x;
 }
+// What another CTA wrote before.
+__device__ __forceinline__ void load_relaxed(float (&x)[4], const float* address) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(__cvta_generic_to_global(address))
+               : "memory");
+}
 __device__ __forceinline__ int32_t add_acquire(int32_t* address, int32_t x) {
   int32_t old;
   asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;"

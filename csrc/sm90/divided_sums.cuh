@@ -54,10 +54,7 @@ struct DividedSums {
   }
   __device__ __forceinline__ static void add(float (&x)[4], const float* from) {
     float y[4];
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
-                 : "l"(from)
-                 : "memory");
+    load_relaxed(y, from);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] += y[e];
   }
