@@ -44,16 +44,13 @@ struct BackwardGrid {
     spreads = rotates || (stores_first && !p.deterministic);
     tall = tall_pays && !finishes_dq;
     const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr;
-    if (head_dim <= 128 && equal_steps && !ordered(p)) divide(p, tiles, head_dim);
+    if (head_dim <= 128 && equal_steps && !p.deterministic && !finishes_dq) divide(p, tiles, head_dim);
     ctas *= team;
   }
 
   bool relays() const { return cluster > 0; }
 
  private:
-  // Are the additions to dQ?
-  bool ordered(const AttentionParams& p) const { return p.deterministic || finishes_dq; }
-
   void divide(const AttentionParams& p, int tiles, int head_dim) {
     const int64_t works = int64_t{tiles} * p.batch * p.heads_k;
     if (p.seqlen_q < kDividedFromQueries || works <= ctas || works % ctas == 0 || works > INT32_MAX) return;

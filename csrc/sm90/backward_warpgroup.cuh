@@ -68,32 +68,39 @@ struct BackwardWarpgroup {
 
   // n: place of the piece of work; step: place of the step. V has one place alone.
   __device__ __forceinline__ uint32_t keys_of(uint32_t n) const { return at<KeyTile>(k_rows, Shared::Keys::stage(n)); }
+  __device__ __forceinline__ uint32_t q_of(uint32_t step) const {
+    return at<QueryTile>(q_tiles, Shared::Pair::stage(step));
+  }
+  __device__ __forceinline__ uint32_t dout_of(uint32_t step) const {
+    return at<QueryTile>(dout_tiles, Shared::Pair::stage(step));
+  }
+  __device__ __forceinline__ uint32_t ds_of(uint32_t step) const {
+    return at<typename Traits::ScoreTile>(ds_tiles, Shared::Scores::stage(step));
+  }
   // keys: of the piece of work.
   __device__ __forceinline__ void start_scores(uint32_t keys, uint32_t step) {
-    const uint32_t q = at<QueryTile>(q_tiles, Shared::Pair::stage(step));
+    const uint32_t q = q_of(step);
     wgmma_fence();
     start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(s, keys, q);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dp(uint32_t step) {
-    const uint32_t dout = at<QueryTile>(dout_tiles, Shared::Pair::stage(step));
+    const uint32_t dout = dout_of(step);
     wgmma_fence();
     start_multiply_by_transpose<T, kHeadDim, KeyTile, QueryTile>(dp, v_rows, dout);
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dk_dv(uint32_t step) {
-    const uint32_t stage = Shared::Pair::stage(step);
     wgmma_fence();
-    start_multiply<T, QueryTile>(dv, probabilities, at<QueryTile>(dout_tiles, stage));
-    start_multiply<T, QueryTile>(dk, ds, at<QueryTile>(q_tiles, stage));
+    start_multiply<T, QueryTile>(dv, probabilities, dout_of(step));
+    start_multiply<T, QueryTile>(dk, ds, q_of(step));
     wgmma_commit();
   }
   // dQ = dS K (+ dQ).
   __device__ __forceinline__ void start_dq(uint32_t n, uint32_t step, bool accumulate = false) {
     using ByQuery = typename Traits::ScoreTile;
     using ByKey = typename Traits::ScoreColumns;
-    const uint32_t a = at<ByQuery>(ds_tiles, Shared::Scores::stage(step));
-    const uint32_t b = at<KeyTile>(k_columns, Shared::Keys::stage(n));
+    const uint32_t a = ds_of(step), b = at<KeyTile>(k_columns, Shared::Keys::stage(n));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
@@ -144,8 +151,8 @@ struct BackwardWarpgroup {
     differentiate(n, step, boundary);
   }
 
-  __device__ __forceinline__ void lay_out_ds_by_query(uint32_t step) const {
-    const uint32_t place = ds_place(step);
+  // place: of this lane in the step's tile.
+  __device__ __forceinline__ void lay_out_ds_by_query(uint32_t place) const {
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k)
       stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
@@ -154,7 +161,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void lay_out_ds(uint32_t step) const {
     shared.ds.wait_empty(step);
     if constexpr (Traits::kExtras) {
-      lay_out_ds_by_query(step);
+      lay_out_ds_by_query(ds_place(step));
     } else {
       const uint32_t row = shared.ds_tile(step) + ds_lane;
 #pragma unroll

@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
         fence_async_proxy();
         continue;
       }
-      const bool takes = plan.shared > 0 && walk.last();
+      const bool takes = plan.takes() && walk.last();
       if (!takes) mbarrier_arrive(shared.dq.full(step));
       end_turn();
       if (takes) {  // now: who gives may have waited for this CTA's turn to end

@@ -20,18 +20,17 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
 
   __device__ __forceinline__ void start_dv(uint32_t step) {
     wgmma_fence();
-    start_multiply<T, QueryTile>(dv, probabilities,
-                                 this->template at<QueryTile>(this->dout_tiles, Base::Shared::Pair::stage(step)));
+    start_multiply<T, QueryTile>(dv, probabilities, this->dout_of(step));
     wgmma_commit();
   }
   __device__ __forceinline__ void start_dk(uint32_t step) {
     wgmma_fence();
-    start_multiply<T, QueryTile>(dk, ds, this->template at<QueryTile>(this->q_tiles, Base::Shared::Pair::stage(step)));
+    start_multiply<T, QueryTile>(dk, ds, this->q_of(step));
     wgmma_commit();
   }
   // This warpgroup's 64 columns of dQ as rows.
   __device__ __forceinline__ void start_dq(uint32_t step) {
-    const uint32_t b = this->template at<ScoreTile>(this->ds_tiles, Base::Shared::Scores::stage(step));
+    const uint32_t b = this->ds_of(step);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kKeys / 16; ++k)
@@ -43,9 +42,7 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
   // dS, queries as rows, to shared memory, until both warpgroups have. dS of the step before last, which lay there, has
   // been read: they have met since.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
-#pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4_transposed(shared.ds_tile(step) + this->ds_lane + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+    this->lay_out_ds_by_query(shared.ds_tile(step) + this->ds_lane);
     fence_async_proxy();
     named_barrier_wait(1, 2 * kWarpgroupThreads);
   }
