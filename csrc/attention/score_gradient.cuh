@@ -69,7 +69,9 @@ struct BiasGradient {
   }
 };
 
-template <class T, bool DROPOUT, bool EXTRAS>
+// BYTEWISE: exponentiate() looks up the bytes of what it drops one by one; compared four at once they would take two
+// registers more.
+template <class T, bool DROPOUT, bool EXTRAS, bool BYTEWISE = EXTRAS>
 struct ScoreGradient {
   const AttentionParams& p;
   const Sequence& sequence;
@@ -148,7 +150,7 @@ struct ScoreGradient {
       uint2 dropped;
       if constexpr (DROPS) {
         if (block % 2 == 0) words = dropout.draw((i0 >> 4) + block, j0 >> 4, (i0 >> 4) + block + 1, j0 >> 4);
-        if (!EXTRAS) dropped = dropout.dropped(words, block % 2);
+        if (!BYTEWISE) dropped = dropout.dropped(words, block % 2);
       }
 #pragma unroll
       for (int n = 2 * block; n < 2 * block + 2; ++n) {
@@ -157,7 +159,7 @@ struct ScoreGradient {
         for (int e = 0; e < 4; ++e) {
           float& x = s.x[0][n][e];
           x = exp2_fast(x * factor - (e % 2 ? row_lse.y : row_lse.x));
-          if constexpr (DROPS && EXTRAS) {  // the compared bytes would find no registers at D 128
+          if constexpr (DROPS && BYTEWISE) {
             if (!dropout.keeps(words, block % 2, n, e)) x = -x;
           } else if constexpr (DROPS) {
             x = __uint_as_float(__float_as_uint(x) | dropout.sign_if_dropped(dropped, n, e));

@@ -55,8 +55,10 @@ struct DqAccumulatorOf {
   HF_FLASH_HOST_DEVICE bool stores_first() const { return stored_rows > 0; }
   bool counts() const { return ordered || stores_first(); }
   int64_t units(const AttentionParams& p) const { return head_units * p.heads_q * (packed ? 1 : p.batch); }
+  // Who finishes dq reads whole tiles of query rows, two units, of which a sequence's last one may have but the first.
   int64_t bytes(const AttentionParams& p) const {
-    return units(p) * 4 * (int64_t{kUnitRows} * columns + (counts() ? kCounters : 0));
+    const int64_t unit = 4 * int64_t{kUnitRows} * columns;
+    return units(p) * (unit + (counts() ? 4 * kCounters : 0)) + (finishes_dq ? unit : 0);
   }
 
   HF_FLASH_HOST_DEVICE static int32_t units_of(int32_t rows) { return (rows + kUnitRows - 1) / kUnitRows; }

@@ -34,6 +34,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   state.begin(n, step);
   state.lay_out_ds(step);
   const auto leave = [&](uint32_t step, const DqRoute& route) {
+    if (Traits::kDqOverDs) named_barrier_wait(3 + warpgroup, kWarpgroupThreads);  // all of its warps have read dS
     if (kRelays) {
       state.pass_dq_on(step, route);
     } else {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
     wgmma_wait<1>();
     if (step > 0) {
       wgmma_settle(state.dq);
-      shared.ds.release(step - 1);
+      if (!Traits::kDqOverDs) shared.ds.release(step - 1);
       leave(step - 1, route);
       if (!early && n_before != n) shared.k.release(n_before);
     }
@@ -115,6 +116,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Backward
   wgmma_settle(state.dq);
   leave(step, shared.step(step).route);
   if (!kRelays) shared.dq.release(step);
+  if (Traits::kDqOverDs) shared.dq.wait_full(step);  // then the other CTA's sums are there
   state.template store<true>(shared.plan(n));
 }
 
@@ -174,7 +176,7 @@ template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
   if constexpr (TERMS == Terms::kNone && relayed_keys(HEAD_DIM, DROPOUT, false) > 0) {
-    constexpr int kQueries = backward_config(HEAD_DIM, false).queries;
+    constexpr int kQueries = backward_config(HEAD_DIM, Terms::kNone).queries;
     if (grid.relays())
       return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS, kQueries, true>>(p, grid, stream);
   }

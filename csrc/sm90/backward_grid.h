@@ -7,6 +7,7 @@
 #include "attention/divided_work.h"
 #include "params.h"
 #include "sm90/config.h"
+#include "sm90/terms.h"
 
 namespace hf_flash::sm90 {
 
@@ -40,9 +41,9 @@ struct BackwardGrid {
     finishes_dq = relays() || (side_by_side && head_dim <= 128 && (turns_pay || finishing_pays(p, tiles)));
     rotates = !relays() && (finishes_dq || (side_by_side && p.deterministic));
     if (rotates || relays()) ctas -= ctas % tiles;
-    stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
-    spreads = rotates || (stores_first && !p.deterministic);
     tall = tall_pays && !finishes_dq;
+    stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= stored_keys(tall));
+    spreads = rotates || (stores_first && !p.deterministic);
     const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr;
     if (head_dim <= 128 && equal_steps && !p.deterministic && !finishes_dq) divide(p, tiles, head_dim);
     ctas *= team;
@@ -58,7 +59,7 @@ struct BackwardGrid {
     work.ctas = ctas;
     work.before = static_cast<int32_t>((works / ctas - 1) * ctas);
     work.pieces = static_cast<int32_t>(works - work.before);
-    const int queries = tall ? kTallQueries : backward_config(head_dim, p.has_extras()).queries;
+    const int queries = tall ? kTallQueries : backward_config(head_dim, terms_of(p)).queries;
     work.steps = p.heads_q / p.heads_k * ((p.seqlen_q + queries - 1) / queries);
     work.tiles = tiles;
     work.heads = p.heads_k;

@@ -61,7 +61,7 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const typename Tr
   const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, teams, grid);
   if (schedule.works() > INT32_MAX - (1 << 20))
     throw std::runtime_error("hf_flash: batch * heads * seqlen_k is too large for one launch");
-  const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys);
+  const BackwardMaps maps(p, Traits::kQueries, Traits::kKeys, Traits::kQueries / Traits::kScoreTiles);
   if (accumulator.ordered && schedule.tiles > 1) {
     launch.make_cooperative();  // who waits for turns needs the others to be there
   } else if (portable::stay_cached(p) && p.seqlen_q > 0) {

@@ -160,10 +160,13 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
         shared.ds.wait_empty(step);
         __syncwarp();
         if (leader) {
-          mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::ScoreTile::kBytes);
-          load_tile<typename Traits::ScoreTile>(shared.ds_tile(step), maps.bias, shared.bias.full(step), i0,
-                                                coordinate_of(p.bias.head, head),
-                                                coordinate_of(p.bias.batch, plan.batch()), plan.j0);
+          using Tile = typename Traits::ScoreTile;
+          mbarrier_arrive_expect_bytes(shared.bias.full(step), Traits::kScoreBytes);
+#pragma unroll 1
+          for (int part = 0; part < Traits::kScoreTiles; ++part)
+            load_tile<Tile>(shared.ds_tile(step) + part * Tile::kBytes, maps.bias, shared.bias.full(step),
+                            i0 + part * Tile::kRows, coordinate_of(p.bias.head, head),
+                            coordinate_of(p.bias.batch, plan.batch()), plan.j0);
         }
       }
     }
@@ -191,7 +194,8 @@ __device__ __forceinline__ void tell_of_first_step(const BackwardShared<Traits>&
 }
 
 // What each step is, and lse, in log2 units, and row sums of its queries; rows that are not computed get probabilities
-// of 0.
+// of 0. In a fixed order the consumers of tall tiles hear of a step no earlier than dQ of the one but one before has
+// been added: they have no registers to ask, as lay_out_dq() of the others does.
 template <class Traits>
 __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const BackwardShared<Traits>& shared) {
   const float factor = Traits::kDropout ? p.dropout_keep / 256.0f : 1.0f;
@@ -262,6 +266,9 @@ __device__ __forceinline__ void copy_row_values(const AttentionParams& p, const 
         at.lowest = lowest;
         at.slope = slope;
         tell_of_first_step(shared, step);
+      }
+      if constexpr (Traits::kTall) {
+        if (p.deterministic && step > 0) shared.dq.wait_full(step - 1);
       }
       __syncwarp();
       mbarrier_arrive(shared.steps.full(step));

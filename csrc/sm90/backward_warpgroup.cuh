@@ -75,7 +75,7 @@ struct BackwardWarpgroup {
     return at<QueryTile>(dout_tiles, Shared::Pair::stage(step));
   }
   __device__ __forceinline__ uint32_t ds_of(uint32_t step) const {
-    return at<typename Traits::ScoreTile>(ds_tiles, Shared::Scores::stage(step));
+    return ds_tiles + Shared::Scores::stage(step) * (Traits::kScoreBytes / 16);
   }
   // keys: of the piece of work.
   __device__ __forceinline__ void start_scores(uint32_t keys, uint32_t step) {
@@ -121,7 +121,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void differentiate(uint32_t n, uint32_t step, bool boundary) {
     const BackwardStep& at = shared.step(step);
     const BackwardPlan& plan = shared.plan(n);
-    const ScoreGradient<T, Traits::kDropout, Traits::kEveryTerm> gradient(p, plan.sequence, plan.batch(), at.head);
+    const typename Traits::Gradient gradient(p, plan.sequence, plan.batch(), at.head);
     const float* lse = shared.row_values(step) + lane_col();
     wgmma_wait<1>();
     wgmma_settle(s);
@@ -155,7 +155,7 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ void lay_out_ds_by_query(uint32_t place) const {
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4_transposed(place + k * GradientTerms<Traits>::kNextPlace, ds.x[0][k]);
+      stmatrix_x4_transposed(place + GradientTerms<Traits>::from_first(k), ds.x[0][k]);
   }
   // dS to shared memory, where both warpgroups read it for dQ once publish_ds() says that it is there.
   __device__ __forceinline__ void lay_out_ds(uint32_t step) const {
@@ -181,8 +181,11 @@ struct BackwardWarpgroup {
   }
   // This lane's part. It is found anew each time: kept, it would cost registers all along.
   __device__ __forceinline__ static int lane_of_dq() { return opaque(threadIdx.x % 32); }
-  __device__ __forceinline__ uint32_t dq_place(int lane) const {
-    return shared.dq_tile() + 4 * (dq_block() * 16 * kHeadDim + DqAccumulator::element(dq_column_block(), lane, 0));
+  __device__ __forceinline__ int dq_element(int lane) const {
+    return dq_block() * 16 * kHeadDim + DqAccumulator::element(dq_column_block(), lane, 0);
+  }
+  __device__ __forceinline__ uint32_t dq_place(int lane, uint32_t step = 0) const {
+    return shared.dq_tile(step) + 4 * dq_element(lane);
   }
   __device__ __forceinline__ uint4 dq_bits(int n) const {
     const float (&x)[4] = dq.x[0][n];
@@ -249,15 +252,32 @@ struct BackwardWarpgroup {
     }
   }
 
+  // To dQ what other CTAs have added up in global memory; from: this lane's place there. Rows beyond the sequence's
+  // last unit of 64 get what lies there, the next head's or nobody's (DqAccumulator::bytes), and are not written.
+  __device__ __forceinline__ void add_sums(const float* from) {
+#pragma unroll
+    for (int n = 0; n < kDqColumns / 8; ++n) {
+      float x[4];
+      load_relaxed(x, from + DqAccumulator::element(n, 0, 0));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dq.x[0][n][e] += x[e];
+    }
+  }
+
   // dq of a step: to its end, or laid out as the accumulator has it, for a warp of the producers to add once the place
   // is released.
-  __device__ __forceinline__ void lay_out_dq(uint32_t step, bool finishes) const {
+  __device__ __forceinline__ void lay_out_dq(uint32_t step, bool finishes) {
     const int lane = lane_of_dq();
-    const uint32_t place = dq_place(lane);
-    shared.dq.wait_full(step);
+    const uint32_t place = dq_place(lane, step);
+    // In a fixed order a CTA that hurries ahead waits all the longer for its turn, at a worse place: D 64 -3 to -5 %, D
+    // 128 -5 to -8 %.
+    if (!Traits::kDqOverDs || finishes || p.deterministic) shared.dq.wait_full(step);
     if (finishes) {
-      const DqTarget& target = shared.dq_target(step);
-      write_dq(target, place, lane, target.adds);
+      const auto& target = shared.dq_target(step);
+      if constexpr (Traits::kDqOverDs) {
+        if (target.adds) add_sums(target.sums + dq_element(lane));
+      }
+      write_dq(target, place, lane, !Traits::kDqOverDs && target.adds);
     } else {
 #pragma unroll
       for (int n = 0; n < kDqColumns / 8; ++n)
@@ -269,7 +289,10 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ uint32_t ds_descriptor() const {
     using ByQuery = typename Traits::ScoreTile;
     using ByKey = typename Traits::ScoreColumns;
-    constexpr int kOwn = kDqAcross ? 0 : Traits::kExtras ? 64 * 128 : ByKey::kBlockBytes;
+    constexpr int kQueries64 = Traits::kScoreTiles > 1 ? ByQuery::kBytes
+                               : Traits::kExtras       ? 64 * 128
+                                                       : ByKey::kBlockBytes;
+    constexpr int kOwn = kDqAcross ? 0 : kQueries64;
     const uint32_t own = shared.ds_tile(0) + warpgroup * kOwn;
     return Traits::kExtras || Traits::kTall ? ByQuery::descriptor(own) : ByKey::descriptor(own);
   }

@@ -1,6 +1,8 @@
 // Tile sizes of the wgmma kernels: one table a pass, the reason beside each number.
 #pragma once
 
+#include "params.h"
+
 namespace hf_flash::sm90 {
 
 // What comes first once a tile's scores are there: the end of P V of the tile before, so that exponentials, sums and
@@ -102,8 +104,10 @@ constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
 
 // Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys. It
 // saves the writing of the zeros and costs a counter asked for each addition. On an H200: S 1024 +3 %, causal +5 %,
-// 2048 +2 and +3 %, 4096 +1 %, 16384 -1 and -1 to -4 %.
-constexpr int kStoredKeys = 4096;
+// 2048 +2 and +3 %, 4096 +1 %, 16384 -1 and -1 to -4 %. Since no step waits for the one before to leave, D 64 1024 to
+// 4096 +1 to +4, causal +2 to +6, 8192 and 16384 0 to +1; tall tiles 1024 +1 and +15, 2048 -1 and -1, 4096 -2 and -1,
+// 8192 -3 and -5.
+constexpr int stored_keys(bool tall) { return tall ? 1536 : 4096; }
 
 // From so many queries on CTAs share the last pieces of work (attention/divided_work.h): S 2048 0 to 2 %, 4096 to 16384
 // +1 to +3 %; 1024 and 1536 -1 to 0 %, for which handing the sums over takes too long.
@@ -114,12 +118,15 @@ struct BackwardConfig {
   int queries;  // a tile: 128, or 64 where registers or shared memory are short; kTallQueries apart
 };
 
-constexpr BackwardConfig backward_config(int head_dim, bool extras) {
+constexpr BackwardConfig backward_config(int head_dim, Terms terms) {
 #ifdef HF_FLASH_SM90_BACKWARD_CONFIG  // for sweeps
   return HF_FLASH_SM90_BACKWARD_CONFIG;
 #endif
-  // At D 64 with extras the bias's third tile would not fit; dropout gains 15 to 20 % by 128.
-  return {head_dim <= 64 && !extras ? 128 : 64};
+  // Dropout gains 15 to 20 % by 128. ALiBi, S 512 / 2048 / 8192 +21, 23, 31 %, causal +6, 21, 26, with dropout 14 to
+  // 17; a bias +23, 21, 20 %, causal +5, 15, 16, with dropout 17 to 19, in all of which dQ goes where dS was, or the
+  // bias's third tile would not fit: with two tiles it lost 4 to 8 % from S 1024 on. With every term the softcap gains
+  // 9 to 27 % too, but what is read element by element loses half.
+  return {head_dim <= 64 && terms != Terms::kEvery ? 128 : 64};
 }
 
 // Head dimension 128, neither dropout nor extras: query tiles of 80 read less shared memory for a product than those of

@@ -53,7 +53,7 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
                                                      const BackwardShared<Traits>& shared) {
   const Sequence& sequence = plan.sequence;
   const uint32_t full = shared.dq.full(step);
-  DqTarget& target = shared.dq_target(step);
+  auto& target = shared.dq_target(step);
   aim_at_dq<Traits>(p, plan, head, i0, target);
   target.adds = plan.turns > 1;
   if (plan.turns == 1) {
@@ -63,9 +63,14 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
     while (load_acquire(turns) < plan.turns - 1) {
     }
     fence_async_proxy_global();
+    if constexpr (Traits::kDqOverDs) {
+      target.sums = accumulator.rows(sequence, plan.batch(), head, i0);
+      mbarrier_arrive(full);
+      return;
+    }
     const int bytes = dq_bytes<Traits>(sequence, i0);
     mbarrier_arrive_expect_bytes(full, bytes);
-    bulk_load(shared.dq_tile(), accumulator.rows(sequence, plan.batch(), head, i0), bytes, full);
+    bulk_load(shared.dq_tile(step), accumulator.rows(sequence, plan.batch(), head, i0), bytes, full);
   }
 }
 
@@ -96,8 +101,9 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       if (walk.left <= plan.finishing) {
         end_turn();  // first: those that it waits for may wait for this one
         give_place_to_finish(p, accumulator, plan, walk.head, walk.i0, step, shared);
-        shared.dq.wait_empty(step + 1);
+        shared.wait_for_dq(step);
         fence_async_proxy();
+        shared.release_dq(step);
         continue;
       }
       const bool takes = plan.takes() && walk.last();
@@ -111,7 +117,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
           accumulator.counters != nullptr ? accumulator.counter(sequence, plan.batch(), walk.head, walk.i0) : nullptr;
       // Asked for while nothing is waited for but this CTA's own products: so whoever is the first will store.
       const int32_t before = accumulator.stores_first() && !accumulator.ordered ? add_acquire(counter, 1) : 0;
-      shared.dq.wait_empty(step + 1);
+      shared.wait_for_dq(step);
       bool stores = false;
       if (accumulator.ordered) {
         const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, rotates);
@@ -134,13 +140,23 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       fence_async_proxy();  // here: it would hold up the consumers
       float* const rows = accumulator.rows(sequence, plan.batch(), walk.head, walk.i0);
       const int bytes = dq_bytes<Traits>(sequence, walk.i0);
-      if (stores) {
-        bulk_store(rows, shared.dq_tile(), bytes);
+      const auto add = [&](float* to, uint32_t tile, int bytes) {
+        if (stores) {
+          bulk_store(to, tile, bytes);
+        } else {
+          bulk_add_float(to, tile, bytes);
+        }
+      };
+      if constexpr (Traits::kTall) {
+        constexpr int kHalf = Traits::kDqBytesOverDs;
+        add(rows, shared.ds_tile(step), min(bytes, kHalf));
+        if (bytes > kHalf) add(rows + kHalf / sizeof(float), shared.dq_second_half(step), bytes - kHalf);
       } else {
-        bulk_add_float(rows, shared.dq_tile(), bytes);
+        add(rows, shared.dq_tile(step), bytes);
       }
       bulk_commit();
       bulk_wait_read<0>();
+      shared.release_dq(step);
     }
     // The consumers have stored dK and dV before their last dQ, but for the last plan, behind which none is made.
     mbarrier_arrive(shared.planned.empty(n));

@@ -59,13 +59,15 @@ struct GradientTerms {
     if (constants.cap != 0) multiply_by_slopes(ds, place);
   }
 
-  // This lane's address in this warp's part of a tile of dS, and from 16 queries to the next 16.
+  // This lane's address in this warp's part of a tile of dS, and from the first 16 queries to the k-th.
   __device__ static __forceinline__ uint32_t place(uint32_t tile) {
     const int thread = opaque(threadIdx.x), lane = thread % 32;  // found anew each time: registers are short
     const int key_chunk = 8 * (Traits::kKeys > 64 ? thread / 128 : 0) + 2 * (thread / 32 % 4) + lane / 8 % 2;
     return tile + Traits::ScoreTile::offset(lane / 16 * 8 + lane % 8, key_chunk);
   }
-  static constexpr uint32_t kNextPlace = 16 * 128;
+  __device__ static constexpr uint32_t from_first(int k) {
+    return k * (16 * 128) + (Traits::kScoreTiles > 1 ? k / 4 * (Traits::ScoreTile::kBytes - 64 * 128) : 0);
+  }
 
  private:
   // The softcap. Its slope, 1 - (s / c)^2, waits where dS will lie.
@@ -81,7 +83,7 @@ struct GradientTerms {
         const float (&x)[4] = s.x[0][2 * k + i / 2];
         slopes[i] = pack<Half>(slope(x[2 * (i % 2)]), slope(x[2 * (i % 2) + 1]));
       }
-      stmatrix_x4_transposed(place + k * kNextPlace, slopes);
+      stmatrix_x4_transposed(place + from_first(k), slopes);
     }
     __syncwarp();
   }
@@ -111,7 +113,7 @@ struct GradientTerms {
 #pragma unroll
     for (int k = 0; k < kQueries / 16; ++k) {
       uint32_t pairs[4];
-      ldmatrix_x4_transposed(pairs, place + k * kNextPlace);
+      ldmatrix_x4_transposed(pairs, place + from_first(k));
 #pragma unroll
       for (int i = 0; i < 4; ++i) f(x.x[0][2 * k + i / 2], 2 * (i % 2), unpack<Element>(pairs[i]));
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "sm90/terms.h"
 
 namespace hf_flash::sm90 {
 
@@ -26,21 +27,6 @@ void run_backward(const AttentionParams& p, cudaStream_t stream);
 // 192 and 256, (false, kNone) or (true, kEvery): dropout alone is rare there and has no machine code of its own.
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_wide_backward(const AttentionParams& p, cudaStream_t stream);
-
-// Can the TMA engine bring tiles of the bias? Of the inputs' dtype, aligned, with rows and columns of its own.
-inline bool tma_reads_bias(const AttentionParams& p) {
-  const Scores& b = p.bias;
-  const bool aligned = (reinterpret_cast<uintptr_t>(b.data) | 2 * (b.batch | b.head | b.row)) % 16 == 0;
-  return b.data != nullptr && b.dtype == p.dtype && aligned && b.col == 1 && (b.row > 0 || p.seqlen_q == 1);
-}
-
-// Terms::kLinear serves a call, which has ALiBi and such a bias at most: kernels without the rest are 3 to 40 % faster.
-// The gradient of a bias that broadcasts nowhere counts as a term. A smaller scale's reciprocal could overflow.
-inline bool linear_terms_alone(const AttentionParams& p) {
-  const bool own_gradient = p.dbias.data != nullptr && !p.dbias_sums;
-  return p.softcap == 0 && p.scale > 0x1p-20 && p.mask.data == nullptr && !own_gradient &&
-         (p.bias.data == nullptr || tma_reads_bias(p));
-}
 
 // Of the biases whose gradients are sums those with rows and columns of their own that the TMA engine can read, no mask
 // but of keys alone beside them; the mma.sync kernel serves the others.

@@ -39,29 +39,35 @@ struct TallWarpgroup : BackwardWarpgroup<Traits> {
     wgmma_commit();
   }
 
-  // dS, queries as rows, to shared memory, until both warpgroups have. dS of the step before last, which lay there, has
-  // been read: they have met since.
+  // dS, queries as rows, to shared memory, until both warpgroups have.
   __device__ __forceinline__ void share_ds(uint32_t step) const {
+    shared.ds.wait_empty(step);
     this->lay_out_ds_by_query(shared.ds_tile(step) + this->ds_lane);
     fence_async_proxy();
     named_barrier_wait(1, 2 * kWarpgroupThreads);
   }
 
-  // dQ^T of a step, laid out as the accumulator has it, for a warp of the producers to add.
+  // dQ^T of a step, laid out as the accumulator has it, for a warp of the producers to add: the first half where dS
+  // was, once the other warpgroup has read that too.
   __device__ __forceinline__ void lay_out_dq(uint32_t step) const {
     using Sums = typename Traits::DqSums;
     const int lane = opaque(threadIdx.x % 32);  // found anew each time: kept, it would cost a register all along
-    constexpr int kColumns = Traits::kHeadDim;
+    constexpr int kColumns = Traits::kHeadDim, kUnits = kQueries / 8;
     const uint32_t to =
-        shared.dq_tile() + 4 * Sums::transposed_element(kColumns, 0, 4 * warpgroup + this->warp, lane, 0);
-    shared.dq.wait_full(step);
+        shared.ds_tile(step) + 4 * Sums::transposed_element(kColumns, 0, 4 * warpgroup + this->warp, lane, 0);
+    const auto lay_out = [&](int first, uint32_t apart) {
 #pragma unroll
-    for (int n = 0; n < kQueries / 8; ++n) {
-      const float (&x)[4] = dq.x[0][n];
-      store_shared_16_bytes(
-          to + 4 * Sums::transposed_element(kColumns, n, 0, 0, 0),
-          uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-    }
+      for (int n = 0; n < kUnits / 2; ++n) {
+        const float (&x)[4] = dq.x[0][first + n];
+        store_shared_16_bytes(
+            to + apart + 4 * Sums::transposed_element(kColumns, n, 0, 0, 0),
+            uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+      }
+    };
+    named_barrier_arrive(3 - warpgroup, 2 * kWarpgroupThreads);
+    lay_out(kUnits / 2, Traits::kDq - Traits::kDs);
+    named_barrier_wait(2 + warpgroup, 2 * kWarpgroupThreads);
+    lay_out(0, 0);
   }
 };
 

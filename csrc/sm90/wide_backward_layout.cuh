@@ -27,12 +27,12 @@ template <class ELEMENT, int HEAD_DIM, int TEAM>
 struct RoleTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
-  static constexpr bool kRelays = false, kPlansAhead = false;
+  static constexpr bool kRelays = false, kPlansAhead = false, kTall = false;
   static constexpr int kTeam = TEAM, kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = kTeam * backward_keys(HEAD_DIM), kQueries = 64;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kStages = 2, kScoreStages = 2, kPlans = 4, kSteps = 8;
+  static constexpr int kStages = 2, kScoreStages = 2, kScoreTiles = 1, kPlans = 4, kSteps = 8;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;
   using QueryTile = SwizzledTile<kQueries, HEAD_DIM>;
   using ScoreColumns = SwizzledTile<kKeys, kQueries>;  // of dS

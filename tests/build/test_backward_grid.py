@@ -70,7 +70,9 @@ def test_short_calls_hand_the_sums_on(grid):
 
 
 def test_the_first_addition_stores_unless_sequences_are_long(grid):
-    assert grid(4096, 4096, 0, False, 64)[3:5] == grid(4096, 4096, -1, False, 128)[3:5] == (1, 1)
+    assert grid(4096, 4096, 0, False, 64)[3:5] == grid(4096, 4096, -1, False, 128, keep=230)[3:5] == (1, 1)
+    assert grid(1024, 1024, -1, False, 128)[3:6] == (1, 1, 1)
+    assert grid(2048, 2048, -1, False, 128)[3:6] == (0, 0, 1)  # tall tiles
     assert grid(4097, 4097, 0, False, 64)[3:5] == (0, 0)
     assert grid(2048, 2048, -1, False, 256)[3:5] == (0, 0)
     assert grid(20000, 20000, 0, True, 64)[3:5] == (1, 0)  # in an order of its own from the last query tile down

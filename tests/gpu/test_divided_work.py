@@ -37,14 +37,17 @@ def test_padded_head_dims(head_dim, dtype):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("term", ["dropout", "alibi", "softcap", "key mask", "query offset"])
+@pytest.mark.parametrize("term", ["dropout", "alibi", "bias", "dropped bias", "softcap", "key mask", "query offset"])
 def test_terms(term, head_dim):
     """A mask of keys gives each sequence a range of its own, so that call is not divided; the others are."""
     q, k, v = qkv("a little more than two", torch.bfloat16, head_dim)
     hidden = torch.ones(3, 1, 1, 1300, dtype=torch.bool, device="cuda")
     hidden[0, ..., 100:300], hidden[1, ..., 640:], hidden[2, ..., ::7] = False, False, False
+    bias = torch.randn(1, 9, 2600, 1300, device="cuda", dtype=q.dtype)
     options = {
         "dropout": {"dropout_p": 0.1, "dropout_seed": seed_tensor(5, "cuda")},
+        "bias": {"bias": bias},
+        "dropped bias": {"bias": bias, "dropout_p": 0.1, "dropout_seed": seed_tensor(6, "cuda")},
         "alibi": {"alibi_slopes": torch.linspace(0.01, 0.2, 9, device="cuda")},
         "softcap": {"softcap": 20.0},
         "key mask": {"mask": hidden},
