@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PY := $(VENV)/bin/python
-OLDEST := $(VENV)-oldest
-OLDEST_TRANSFORMERS := 5.0.0
+# The oldest supported transformers, and the last whose T5 does not go through the attention interface.
+OLDER_TRANSFORMERS := 5.0.0 5.14.1
+OLDER := $(OLDER_TRANSFORMERS:%=$(VENV)-%)
 # As in pyproject.toml, since --no-build-isolation installs none of it.
 BUILD_REQUIRES := 'setuptools>=77' wheel ninja 'torch>=2.10'
 SOURCES := setup.py MANIFEST.in $(shell find csrc -name '[!_.]*' -type f -not -path '*/__pycache__/*' 2>/dev/null)
@@ -37,13 +38,13 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# The oldest supported transformers, with everything else from .venv behind it.
-$(OLDEST)/.packages: $(VENV)/.built
-	rm -rf $(OLDEST)
-	$(PY) -m venv --without-pip $(OLDEST)
+# One release of transformers, with everything else from .venv behind it.
+$(VENV)-%/.packages: $(VENV)/.built
+	rm -rf $(@D)
+	$(PY) -m venv --without-pip $(@D)
 	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > \
-		$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
-	$(PY) -m pip --python $(OLDEST)/bin/python install --quiet 'transformers==$(OLDEST_TRANSFORMERS)'
+		$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(PY) -m pip --python $(@D)/bin/python install --quiet 'transformers==$*'
 	@touch $@
 
 build: $(VENV)/.built  ## .venv with everything, both libraries compiled (again only when sources changed)
@@ -54,9 +55,12 @@ demo: $(VENV)/.built  ## fine-tune a real BERT on long documents: patched, measu
 test: $(VENV)/.built  ## the CPU suite
 	$(PYTEST) tests
 
-test-oldest: $(OLDEST)/.packages  ## BERT, GPT-2 and T5 on the oldest supported transformers
-	$(OLDEST)/bin/python -c "import transformers; assert transformers.__version__ == '$(OLDEST_TRANSFORMERS)', transformers.__version__"
-	$(OLDEST)/bin/python -m pytest -q -k "bert or gpt2 or t5" tests/transformers
+test-oldest: $(OLDER:%=%/.packages)  ## BERT, GPT-2 and T5 on the oldest supported transformers and one between
+	for version in $(OLDER_TRANSFORMERS); do \
+		python=$(VENV)-$$version/bin/python; \
+		$$python -c "import transformers as t; assert t.__version__ == '$$version', t.__version__" && \
+			$$python -m pytest -q -k "bert or gpt2 or t5" tests/transformers || exit 1; \
+	done
 
 gpu-test: $(VENV)/.built  ## the tests that need a CUDA GPU, with each architecture's kernels; HF_FLASH_ARCH=sm90: one's
 	$(PYTEST) -n $(GPU_PROCESSES) --dist worksteal -m "gpu and not sanitizer and not large" tests
@@ -86,4 +90,4 @@ torch-matrix: wheel  ## that one wheel under several releases of torch, CPU-only
 	bash tests/build/torch_matrix.sh $(PY) dist/hf_flash-*-cp310-abi3-*.whl
 
 clean:  ## remove what was built; keeps the packages in .venv
-	rm -rf build dist outputs *.egg-info hf_flash/*.so $(VENV)/.built $(OLDEST)
+	rm -rf build dist outputs *.egg-info hf_flash/*.so $(VENV)/.built $(OLDER)

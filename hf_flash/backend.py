@@ -1,8 +1,8 @@
 """Everything that Transformers sees: the attention function, the mask function, and how their names get registered.
 
-This is the only file that touches Transformers' private names; ``tests/transformers`` runs on the oldest and the newest
-supported release. The word "flash" in our name makes Transformers look for a package of flash-attn's functions
-(``_lazy_imports``), so :func:`install` answers that question for our name.
+This is the only file that touches Transformers' private names; ``tests/transformers`` runs on the newest release, and
+for some models on older ones (``make test-oldest``). The word "flash" in our name makes Transformers look for a package
+of flash-attn's functions (``_lazy_imports``), so :func:`install` answers that question for our name.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Newer releases of Transformers go through the attention interface. In older ones
 the mask into the bias of the first layer; there ``patch_model`` gives it the forward below, which keeps them apart.
 """
 
+import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -32,24 +33,29 @@ class T5Forward:
         states = encoder_states if cross else hidden_states
         keys, values = self._heads(states, self.k), self._heads(states, self.v)
         if cache is not None:
-            position = None if cross else cache_position
-            keys, values = cache.update(keys, values, self.layer_idx, {"cache_position": position})
+            told = () if cross or cache_position is None else ({"cache_position": cache_position},)
+            keys, values = cache.update(keys, values, self.layer_idx, *told)
             if cross and both:
                 past_key_values.is_updated[self.layer_idx] = True
         return keys, values
 
     def forward(
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None,
-        query_length=None, use_cache=False, output_attentions=False, cache_position=None,
+        query_length=None, use_cache=False, output_attentions=False, cache_position=None, **kwargs,
     ):  # fmt: skip
-        seqlen = hidden_states.shape[1]
+        seqlen, length = hidden_states.shape[1], query_length
         query = self._heads(hidden_states, self.q)
+        if query_length is None and cache_position is None:  # transformers 5.4 and later tell neither
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            # A static cache counts on in this very tensor.
+            place = {"past_seen_tokens": past.clone() if isinstance(past, torch.Tensor) else past}
+            length = seqlen
+        else:
+            place = {"cache_position": cache_position}
         keys, values = self._keys_and_values(hidden_states, key_value_states, past_key_values, cache_position)
         if position_bias is None and self.has_relative_attention_bias:
-            length = query_length if query_length is not None else int(cache_position[-1]) + 1
-            position_bias = self.compute_bias(
-                length, keys.shape[2], device=query.device, cache_position=cache_position
-            )[:, :, -seqlen:]
+            length = int(cache_position[-1]) + 1 if length is None else length
+            position_bias = self.compute_bias(length, keys.shape[2], device=query.device, **place)[:, :, -seqlen:]
         self._attends_over_encoder = key_value_states is not None
         try:
             out, weights = AttentionInterface._global_mapping["hf_flash"](
