@@ -1,6 +1,8 @@
 """Fast, exact attention for the models that people fine-tune on Hugging Face."""
 
 import importlib
+import importlib.util
+import sys
 
 from . import autoload
 from .attention import (
@@ -36,14 +38,29 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
-    *_LAZY,
 ]
+
+
+def _has_transformers() -> bool:
+    return bool(sys.modules.get("transformers") or importlib.util.find_spec("transformers"))
+
+
+if _has_transformers():
+    __all__ += [*_LAZY]
 
 
 def __getattr__(name):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    try:
+        if not _has_transformers():
+            raise ImportError(f"hf_flash.{name} needs transformers >= 5.0: pip install 'hf_flash[transformers]'")
+        importlib.import_module(".backend", __name__)  # first of all, since it knows releases that are too old
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    except ImportError as error:
+        if sys._getframe(1).f_code.co_name == "_handle_fromlist":  # `from hf_flash import`, which forgets other errors
+            raise
+        raise AttributeError(str(error)) from error  # what hasattr and inspect.getmembers expect
 
 
 def __dir__():

@@ -19,9 +19,7 @@ def _register() -> None:
         from . import backend  # noqa: F401  registers itself at its end, which may lie ahead: see there
     except Exception as error:  # an old Transformers must stay usable without us
         logging.getLogger("hf_flash").warning(
-            "attn_implementation='hf_flash' is not available: %s: %s; transformers >= 5.0 is needed",
-            type(error).__name__,
-            error,
+            "attn_implementation='hf_flash' is not available: %s: %s", type(error).__name__, error
         )
 
 

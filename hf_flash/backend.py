@@ -10,6 +10,11 @@ from __future__ import annotations
 import functools
 
 import torch
+import transformers
+
+if int(transformers.__version__.partition(".")[0]) < 5:  # some import well and then lose a model's causality
+    raise ImportError(f"transformers >= 5.0 is needed, this is {transformers.__version__}")
+
 import transformers.masking_utils as masking
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import nn

@@ -180,23 +180,6 @@ def test_attention_implementation_everywhere(tiny, tmp_path):
     assert not hf_flash.is_patched(model)
 
 
-def test_import_order_does_not_matter():
-    body = (
-        "config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)\n"
-        "model = transformers.AutoModel.from_config(config, attn_implementation='hf_flash')\n"
-        "assert model.config._attn_implementation == 'hf_flash'\n"
-    )
-    for first in (
-        "import hf_flash, sys\nassert 'transformers' not in sys.modules\nimport transformers\n",
-        "import transformers, hf_flash\n",
-        "import transformers, transformers.modeling_utils, hf_flash\n",
-        "import transformers\nfrom hf_flash import patch_model\n",  # imports the modeling code itself
-        "import transformers\nfrom hf_flash import FlashAttentionCallback\n",
-        "from hf_flash import explain\nimport transformers\n",
-    ):
-        subprocess.run([sys.executable, "-c", first + body], check=True, timeout=300)
-
-
 def test_include_and_exclude(tiny):
     eager = tiny.make("bert")
     inputs = tiny.batch("bert")
