@@ -15,6 +15,7 @@ import warnings
 import torch
 
 from . import ops, support
+from .packing import is_traced
 
 __all__ = [
     "dropout_keep",
@@ -52,9 +53,9 @@ def draw_seed(device: torch.device) -> tuple[torch.Tensor | None, int]:
 
     The generators of GPUs count on the host, where a seed takes one microsecond and a kernel that draws it takes ten.
     Each seed moves the generator's offset on, which checkpointing restores; under CUDA graphs, which have to draw anew
-    at every replay, and torch.compile a kernel draws.
+    at every replay, and where a call is traced a kernel draws.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or is_traced() or torch.cuda.is_current_stream_capturing():
         return seed_on(device), 0
     generator = torch.cuda.default_generators[device.index]
     offset = generator.get_offset()

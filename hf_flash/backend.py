@@ -27,7 +27,7 @@ except ImportError:  # transformers 5.0
 
 from . import attention, registry, report, support
 from .fallback import Options, fall_back, options_of, precision
-from .packing import Visibility, key_ranges, packing_from_cu_seqlens, packing_from_ids, rows_of_heads
+from .packing import Visibility, is_traced, key_ranges, packing_from_cu_seqlens, packing_from_ids, rows_of_heads
 from .support import Unsupported
 
 NAME = "hf_flash"
@@ -100,7 +100,7 @@ def make_mask(
     if cache_position is not None:  # transformers 5.0
         q_length, q_offset = cache_position.shape[0], cache_position[0]
         kwargs["cache_position"] = cache_position
-        if not torch.compiler.is_compiling() and q_length > 1:
+        if not is_traced() and q_length > 1:
             counts_up = bool((cache_position.diff() == 1).all())
     else:
         kwargs |= {"q_length": q_length, "q_offset": q_offset}
@@ -114,7 +114,7 @@ def make_mask(
         return Visibility(batch_size, q_length, kv_length, mask=dense)
     window, ids = found
     offset = q_offset - kv_offset
-    if isinstance(offset, torch.Tensor) and offset.device.type == "cpu" and not torch.compiler.is_compiling():
+    if isinstance(offset, torch.Tensor) and offset.device.type == "cpu" and not is_traced():
         offset = int(offset)
     key_range = mask = None
     if attention_mask is not None:
@@ -195,7 +195,7 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     if position_ids.shape != (1, query.shape[2]) or not (visible.unpadded or cross):
         return visible
     if cross:
-        if not torch.compiler.is_compiling() and visible.packed_by(position_ids) is not visible:
+        if not is_traced() and visible.packed_by(position_ids) is not visible:
             raise ValueError(
                 f"hf_flash [PACKED]: position_ids restart, so the batch holds packed sequences, and "
                 f"{type(module).__name__} attends to another sequence: which part belongs to which is not known. Pass "

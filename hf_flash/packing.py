@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    "Packing", "Visibility", "key_ranges", "packing_from_cu_seqlens", "packing_from_ids", "rows_of_heads",
+    "Packing", "Visibility", "is_traced", "key_ranges", "packing_from_cu_seqlens", "packing_from_ids", "rows_of_heads",
     "sequence_ids",
 ]  # fmt: skip
+
+
+def is_traced() -> bool:
+    """Whether a call is being recorded, by torch.compile, torch.export or torch.jit.trace, and will run on other data:
+    what is read back from a tensor would hold for the data of today alone."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Packing:
@@ -110,7 +116,7 @@ def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor
 
     On the CPU, or if the host ``waits`` for the device, the answer is (None, None) when every key is visible. Otherwise
     nothing is read back, for which a training step would wait: it is always range and mask together, and kernels look
-    for holes. So it is under torch.compile. The mask may be a view of ``padding``.
+    for holes. So it is where a call is traced. The mask may be a view of ``padding``.
     """
     length = padding.shape[1]
     ints = padding.to(torch.int32)
@@ -118,7 +124,7 @@ def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor
     count = ints.sum(1)
     end = torch.where(count > 0, length - ints.flip(1).argmax(1), begin)
     ranges = torch.stack([begin, end], 1).to(torch.int32)
-    if torch.compiler.is_compiling() or not (waits or padding.device.type == "cpu"):
+    if is_traced() or not (waits or padding.device.type == "cpu"):
         return ranges, padding[:, None, None, :]
     all_visible, no_holes = torch.stack([count.eq(length).all(), count.eq(end - begin).all()]).tolist()
     if all_visible:
@@ -187,7 +193,7 @@ class Visibility:
 
     def packed_by(self, position_ids: torch.Tensor) -> Visibility:
         """Self where ``position_ids`` (B, S) do not restart, otherwise self with their packing; computed once."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._with_ids(sequence_ids(position_ids))
         if self._positions is None or self._positions[0] is not position_ids:
             ids = sequence_ids(position_ids)
@@ -219,7 +225,7 @@ class Visibility:
         """Keywords for flash_attention on q ``(B, Sq, H, D)`` and k ``(B, Sk, H, D)``; ``cu_seqlens`` among them when
         q and k have to be flattened to ``(B * S, H, D)``."""
         self._check(batch, q_length, k_length)
-        if self.ids is not None and torch.compiler.is_compiling():  # cu_seqlens' length would depend on the data
+        if self.ids is not None and is_traced():  # cu_seqlens' length would depend on the data
             return self._dense_arguments(batch, q_length, k_length)
         packing = self.packing()
         if packing is not None:
@@ -266,7 +272,7 @@ class Visibility:
 
     def hides_keys(self) -> bool:
         """Whether ``key_range`` or ``mask`` hides a key. May read a padding mask back from its device, once."""
-        if self.mask is None or self.mask.shape[1:3] != (1, 1) or torch.compiler.is_compiling():
+        if self.mask is None or self.mask.shape[1:3] != (1, 1) or is_traced():
             return self.key_range is not None or self.mask is not None
         if not self._hides_keys:
             shown = self.mask.all()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hf_flash import backend, support
 from hf_flash.fallback import options_of, precision
-from hf_flash.packing import Packing, Visibility
+from hf_flash.packing import Packing, Visibility, is_traced
 from hf_flash.registry import ModelRule, behaviour_of, register_model
 
 
@@ -48,7 +48,7 @@ class PaddingFree:
             return None  # each layer's results would have to be put back
         if any(others.get(name) is not None for name in ("encoder_hidden_states", "cache", "past_key_values")):
             return None  # "cache" is what transformers 5.24 and later call past_key_values
-        if getattr(config, "chunk_size_feed_forward", 0) or torch.compiler.is_compiling():
+        if getattr(config, "chunk_size_feed_forward", 0) or is_traced():
             return None
         if not isinstance(visible, Visibility) or visible.window != (-1, -1) or visible.unpadded:
             return None

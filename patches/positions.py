@@ -6,9 +6,7 @@ and travel in place of the mask. A model that behaves like these is one line her
 
 import inspect
 
-import torch
-
-from hf_flash.packing import Visibility, packing_from_cu_seqlens, sequence_ids
+from hf_flash.packing import Visibility, is_traced, packing_from_cu_seqlens, sequence_ids
 from hf_flash.registry import ModelRule, register_model
 
 CACHE = ("cache", "past_key_values")  # the name since transformers 5.24, and the one before
@@ -31,7 +29,7 @@ def _packed(module, given: dict, window) -> Visibility | None:
     if positions is None or positions.shape != (1, shape[1]):
         return None
     numbers = sequence_ids(positions)
-    if not torch.compiler.is_compiling() and not numbers[:, -1:].any():
+    if not is_traced() and not numbers[:, -1:].any():
         return None
     return Visibility(1, shape[1], shape[1], window=window, ids=numbers)
 

@@ -137,3 +137,30 @@ def test_fullgraph_compile(tiny, name, padding):
         if p.grad is not None:
             assert (p.grad - q.grad).abs().max() <= 2e-4 * max(1, p.grad.abs().max()), parameter
     assert "compiled" in str(hf_flash.explain(model))
+
+
+class Logits(torch.nn.Module):
+    """A model as torch.jit.trace takes one: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(ids, attention_mask=mask).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own words on tracing
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_a_traced_model_serves_other_masks(tiny, name, padding_free):
+    """What was true of the mask that it was traced with is not in the trace."""
+    eager = tiny.make(name)
+    model = hf_flash.patch_model(copy.deepcopy(eager), padding_free=padding_free, on_fallback="error")
+    ids = tiny.batch(name, "none")["input_ids"]
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(model), (ids, torch.ones_like(ids)), check_trace=False)
+        for padding in ("right", "holes"):
+            mask = tiny.batch(name, padding)["attention_mask"]
+            want, got = eager(ids, attention_mask=mask).logits, traced(ids, mask)
+            assert (want - got)[mask.bool()].abs().max() <= 2e-5 * want.abs().max()
