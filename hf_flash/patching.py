@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from . import backend, ops, registry, report, support
 from .fallback import RECORD, Options, options_of
+from .judgement import Found, attentions_of, complain, judge, original_class, patterns_of, selected
 from .record import ConfigCopy, Record
 from .report import Report, Row, logger
 from .support import Unsupported
@@ -32,99 +31,6 @@ _CHOICES = {
     "on_fallback": ("warn", "error", "ignore"),
     "fp32": ("fallback", "error", "bfloat16", "float16"),
 }
-
-
-@dataclass
-class _Found:
-    """An attention module of a model, with the module that holds its config."""
-
-    name: str
-    module: nn.Module
-    holder: nn.Module | None
-    reason: Unsupported | None
-
-    @property
-    def config(self) -> PreTrainedConfig | None:
-        return None if self.holder is None else self.holder.config
-
-
-def _original_class(module: nn.Module) -> type:
-    record = getattr(module, RECORD, None)
-    return type(module) if record is None or record.original_class is None else record.original_class
-
-
-def _attentions(model: nn.Module) -> list[_Found]:
-    """Every module that attends: those on the list, and innermost ones whose class is named so."""
-    found = []
-
-    def visit(name: str, module: nn.Module, holder: nn.Module | None, seen: set) -> bool:
-        if module in seen:
-            return False
-        seen.add(module)
-        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
-            holder = module
-        here = len(found)
-        inner = [visit(f"{name}.{child}".lstrip("."), m, holder, seen) for child, m in module.named_children()]
-        cls = _original_class(module)
-        known = registry.behaviour_of(cls) is not None
-        if known or ("Attention" in cls.__name__ and not any(inner)):
-            found.insert(here, _Found(name, module, holder, registry.class_reason(cls)))
-            return True
-        return any(inner)
-
-    visit("", model, None, set())
-    return found
-
-
-def _selected(found: _Found, include, exclude) -> bool:
-    def matches(patterns) -> bool:
-        if callable(patterns):
-            return bool(patterns(found.name, found.module))
-        return any(fnmatch.fnmatchcase(found.name, pattern) for pattern in patterns)
-
-    return (include is None or matches(include)) and (exclude is None or not matches(exclude))
-
-
-def _patterns(given) -> tuple[str, ...] | Callable | None:
-    """include or exclude: what is read more than once."""
-    if given is None or callable(given):
-        return given
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _judge(attentions: list[_Found], wanted: set[int]) -> dict[int, Unsupported | None]:
-    """id of each attention module -> why it stays as it is, None where it can be patched.
-
-    Modules of one config share one mask, so they are patched together or not at all. A user's own module that was left
-    out is taken not to have that mask.
-    """
-    blocked: dict[int, _Found] = {}
-    useful: set[int] = set()
-    for found in attentions:
-        if found.holder is None:
-            found.reason = found.reason or Unsupported("NO_CONFIG", "no module above it holds a Transformers config")
-        elif found.reason is not None:
-            if id(found.module) in wanted or _is_of_transformers(found.module):
-                blocked.setdefault(id(found.config), found)
-        elif id(found.module) in wanted:
-            useful.add(id(found.config))
-    reasons = {}
-    for found in attentions:
-        reason = found.reason
-        if reason is None and id(found.config) in blocked:
-            other = blocked[id(found.config)]
-            sentence = f"it shares its mask with {other.name}: {other.reason.sentence}"
-            if not _is_of_transformers(other.module):
-                sentence += f"; exclude={other.name!r} leaves that module alone, if the model does not hand it its mask"
-            reason = Unsupported(other.reason.code, sentence)
-        if reason is None and id(found.config) not in useful:
-            reason = Unsupported("EXCLUDED", "patch_model was told to leave this module out")
-        reasons[id(found.module)] = reason
-    return reasons
-
-
-def _is_of_transformers(module: nn.Module) -> bool:
-    return _original_class(module).__module__.partition(".")[0] == "transformers"
 
 
 def _copy_configs(model: nn.Module) -> dict[int, ConfigCopy]:
@@ -190,7 +96,7 @@ def patch_model(
         ValueError: an argument is wrong. NotImplementedError: a module cannot be patched and ``on_unsupported`` is
         "error" or HF_FLASH_STRICT=1 is set. HF_FLASH_DISABLE=1 makes this function do nothing.
     """
-    include, exclude = _patterns(include), _patterns(exclude)
+    include, exclude = patterns_of(include), patterns_of(exclude)
     request = {
         "include": include, "exclude": exclude, "on_unsupported": on_unsupported, "on_fallback": on_fallback,
         "fp32": fp32, "padding_free": padding_free, "deterministic": deterministic,
@@ -203,10 +109,10 @@ def patch_model(
     if record is not None and record.request == request and is_patched(model):
         return model
     unpatch_model(model, _keep_counts=True)
-    attentions = _attentions(model)
-    wanted = {id(found.module) for found in attentions if _selected(found, include, exclude)}
-    reasons = _judge(attentions, wanted)
-    _complain(model, attentions, wanted, reasons, on_unsupported)
+    attentions = attentions_of(model)
+    wanted = {id(found.module) for found in attentions if selected(found, include, exclude)}
+    reasons = judge(attentions, wanted)
+    complain(model, attentions, wanted, reasons, on_unsupported)
     if any(reason is None for reason in reasons.values()):
         options = Options(on_fallback=on_fallback, fp32=fp32, deterministic=deterministic)
         _apply(model, attentions, reasons, wanted, options, padding_free)
@@ -251,25 +157,6 @@ def _apply(model, attentions, reasons, wanted, options: Options, padding_free: b
 def _swap(module: nn.Module, mixin: type) -> None:
     _record(module).original_class = type(module)
     module.__class__ = registry.swapped_class(mixin, type(module))
-
-
-def _complain(model, attentions, wanted, reasons, on_unsupported: str) -> None:
-    skipped = [f for f in attentions if reasons[id(f.module)] is not None and reasons[id(f.module)].code != "EXCLUDED"]
-    if attentions and wanted and not skipped:
-        return
-    if attentions and not wanted:
-        text = f"include and exclude leave none of the {len(attentions)} attention modules of {type(model).__name__}"
-        text += f" [EXCLUDED]; the first one's name is {attentions[0].name!r}"
-    elif attentions:
-        reason = reasons[id(skipped[0].module)]
-        text = f"{len(skipped)} of {len(attentions)} attention modules of {type(model).__name__} stay as they are"
-        text += f" [{reason.code}]: {reason.sentence}"
-    else:
-        text = f"{type(model).__name__} has no attention module that hf_flash knows [MODEL]"
-    if on_unsupported == "error" or report.strict():
-        raise NotImplementedError(f"hf_flash: {text}")
-    if on_unsupported == "warn":
-        logger.warning("%s", text)
 
 
 _warned_cuda = False
@@ -339,10 +226,10 @@ def patched(model: nn.Module, **arguments):
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model uses hf_flash, through patch_model or attn_implementation."""
-    return any(_uses_us(found) for found in _attentions(model))
+    return any(_uses_us(found) for found in attentions_of(model))
 
 
-def _uses_us(found: _Found) -> bool:
+def _uses_us(found: Found) -> bool:
     config, options = found.config, getattr(getattr(found.module, RECORD, None), "options", None)
     excluded = options is not None and options.excluded
     return found.reason is None and config is not None and config._attn_implementation == backend.NAME and not excluded
@@ -355,8 +242,8 @@ def explain(model: nn.Module) -> Report:
     code, and how many calls our kernel served; ``Report.share`` is the share over all calls so far.
     """
     rows = []
-    for found in _attentions(model):
-        row = Row(found.name, _original_class(found.module).__name__, "patched")
+    for found in attentions_of(model):
+        row = Row(found.name, original_class(found.module).__name__, "patched")
         if not _uses_us(found):
             options = getattr(getattr(found.module, RECORD, None), "options", None)
             reason = found.reason or (

@@ -10,6 +10,7 @@ import re
 MAY_IMPORT_TRANSFORMERS = {
     "backend",
     "patching",
+    "judgement",
     "record",
     "trainer",
     "fallback",
