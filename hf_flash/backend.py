@@ -25,7 +25,7 @@ try:
 except ImportError:  # transformers 5.0
     _COLLECTOR = None
 
-from . import attention, registry, report, support
+from . import attention, packing, registry, report, support
 from .fallback import Options, fall_back, options_of, precision
 from .packing import Visibility, is_traced, key_ranges, packing_from_cu_seqlens, packing_from_ids, rows_of_heads
 from .support import Unsupported
@@ -239,18 +239,6 @@ def _refusal(behaviour, module, options: Options, output_attentions, cache, othe
     return None
 
 
-def _packed_bias(bias, behaviour, call) -> torch.Tensor:
-    """A bias over all tokens of a packed batch, counted from each sequence's start as the kernel does."""
-    if "cu_seqlens_q" not in call or bias.shape[-2:] == (1, 1):
-        return bias
-    if not behaviour.relative_bias:
-        raise ValueError(
-            f"hf_flash [PACKED]: packed sequences with a bias of shape {tuple(bias.shape)}, which may differ from "
-            "sequence to sequence; pass padded batches instead"
-        )
-    return bias[..., : call["max_seqlen_q"], : call["max_seqlen_k"]]
-
-
 def _addition(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias if bias.dtype in (dtype, torch.float32) else bias.float()
 
@@ -289,7 +277,7 @@ def attention_forward(
             given = visible[..., : k.shape[2]]
             bias = given if bias is None else bias + given
         if bias is not None:
-            call["bias"] = _packed_bias(_addition(bias, q.dtype), behaviour, call)
+            call["bias"] = packing.packed_bias(_addition(bias, q.dtype), behaviour.relative_bias, call)
         if s_aux is not None:
             call["sink"] = _addition(s_aux, q.dtype)
         packed = "cu_seqlens_q" in call

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    "Packing", "Visibility", "is_traced", "key_ranges", "packing_from_cu_seqlens", "packing_from_ids", "rows_of_heads",
-    "sequence_ids",
+    "Packing", "Visibility", "is_traced", "key_ranges", "packed_bias", "packing_from_cu_seqlens", "packing_from_ids",
+    "rows_of_heads", "sequence_ids",
 ]  # fmt: skip
 
 
@@ -103,6 +103,21 @@ def sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
     breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=False)
     is_packing = (~breaks | (position_ids == first)).all(dim=1, keepdim=True)
     return (breaks & is_packing).cumsum(1)
+
+
+def packed_bias(bias: torch.Tensor, relative: bool, call: dict) -> torch.Tensor:
+    """A bias over all tokens of a packed batch, counted from each sequence's start as the kernel does.
+
+    relative: whether it depends on distances alone. call: flash_attention's keywords, packed or not.
+    """
+    if "cu_seqlens_q" not in call or bias.shape[-2:] == (1, 1):
+        return bias
+    if not relative:
+        raise ValueError(
+            f"hf_flash [PACKED]: packed sequences with a bias of shape {tuple(bias.shape)}, which may differ from "
+            "sequence to sequence; pass padded batches instead"
+        )
+    return bias[..., : call["max_seqlen_q"], : call["max_seqlen_k"]]
 
 
 def rows_of_heads(t: torch.Tensor, packed: bool) -> torch.Tensor:
