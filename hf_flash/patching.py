@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import backend, ops, registry, report, support
 from .fallback import RECORD, Options, options_of
@@ -105,18 +105,20 @@ def patch_model(
     if report.disabled():
         logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
         return model
-    record = getattr(model, RECORD, None)
-    if record is not None and record.request == request and is_patched(model):
-        return model
-    unpatch_model(model, _keep_counts=True)
     attentions = attentions_of(model)
     wanted = {id(found.module) for found in attentions if selected(found, include, exclude)}
     reasons = judge(attentions, wanted)
-    complain(model, attentions, wanted, reasons, on_unsupported)
+    served = [id(found.module) for found in attentions if _uses_us(found)]
+    as_asked = served == [key for key, reason in reasons.items() if reason is None and key in wanted]
+    if served and as_asked and getattr(getattr(model, RECORD, None), "request", None) == request:
+        return model
+    complain(model, attentions, wanted, reasons, on_unsupported)  # may raise: the old patch stands until here
+    unpatch_model(model, _keep_counts=True)
     if any(reason is None for reason in reasons.values()):
         options = Options(on_fallback=on_fallback, fp32=fp32, deterministic=deterministic)
         _apply(model, attentions, reasons, wanted, options, padding_free)
-        _record(model).request = request
+        record = _record(model)
+        record.called, record.request = True, request
     _warn_without_cuda_library()
     logger.info("%s", str(explain(model)).splitlines()[0])
     return model
@@ -182,19 +184,13 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
         ValueError: this is a part of a patched model, and other attention modules share its config and its mask.
     """
     records = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
-    inside = Counter(id(record.config) for _, record in records if record.config is not None)
-    for _, record in records:
-        if record.config is not None and inside[id(record.config)] < record.config.attentions:
-            raise ValueError(
-                f"hf_flash: `model` is a {type(model).__name__} with {inside[id(record.config)]} of the "
-                f"{record.config.attentions} attention modules that share a config and a mask; unpatch the whole model"
-            )
-    written = set()
+    _refuse_part(model, records)
+    configs = {id(config): config for _, record in records for config in record.configs.values()}
+    changes = [(config, config.changes()) for config in configs.values()]
+    for config, names in changes:
+        config.write_back(names)
     for module, record in records:
         for name, config in record.configs.items():
-            if id(config) not in written:
-                written.add(id(config))
-                config.write_back()
             if module.__dict__.get(name) is config.private:
                 module.__dict__[name] = config.original
         if record.original_class is not None:
@@ -208,6 +204,27 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
     return model
 
 
+def _refuse_part(model: nn.Module, records: list[tuple[nn.Module, Record]]) -> None:
+    """Raise where attention modules get their mask from outside, from a model that stays patched.
+
+    A model of Transformers makes its masks itself, so its layers may have been cut, added or taken from another patched
+    model; and what patch_model was called with is taken for whole.
+    """
+    whole: set[int] = set()
+    for module in model.modules():
+        called = RECORD in module.__dict__ and module.__dict__[RECORD].called
+        if id(module) not in whole and (called or isinstance(module, PreTrainedModel)):
+            whole |= {id(part) for part in module.modules()}
+    inside = Counter(id(record.config) for _, record in records if record.config is not None)
+    for module, record in records:
+        config = record.config
+        if config is not None and inside[id(config)] < config.attentions and id(module) not in whole:
+            raise ValueError(
+                f"hf_flash: `model` is a {type(model).__name__} with {inside[id(config)]} of the {config.attentions} "
+                "attention modules that share a config and a mask; unpatch the whole model"
+            )
+
+
 @contextlib.contextmanager
 def patched(model: nn.Module, **arguments):
     """``with hf_flash.patched(model): ...`` patches for a block of code and restores, after an exception too.
@@ -216,8 +233,9 @@ def patched(model: nn.Module, **arguments):
     """
     records = [(module, getattr(module, RECORD, None)) for module in model.modules()]
     before = [(module, record.request) for module, record in records if record is not None and record.request]
+    patch_model(model, **arguments)
     try:
-        yield patch_model(model, **arguments)
+        yield model
     finally:
         unpatch_model(model)
         for module, request in before:

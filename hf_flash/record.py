@@ -19,27 +19,44 @@ class ConfigCopy:
     before: dict
     attentions: int = 0
 
-    def write_back(self) -> None:
-        """Give the original what was changed on the copy since, except the attention implementation."""
-        now, original = self.private.__dict__, self.original.__dict__
-        for name in now.keys() | self.before.keys():
-            if name == "_attn_implementation_internal" or isinstance(now.get(name), PreTrainedConfig):
-                continue
-            if name not in now:
-                original.pop(name, None)
-            elif name not in self.before or now[name] != self.before[name]:
-                original[name] = now[name]
+    def changes(self) -> list[str]:
+        """Names of what was changed on the copy since, except the attention implementation."""
+        now, before = self.private.__dict__, self.before
+        return [
+            name
+            for name in now.keys() | before.keys()
+            if name != "_attn_implementation_internal"
+            and not isinstance(now.get(name), PreTrainedConfig)
+            and not (name in now and name in before and _same(now[name], before[name]))
+        ]
+
+    def write_back(self, names: list[str]) -> None:
+        """Give the original what was changed."""
+        for name in names:
+            if name in self.private.__dict__:
+                self.original.__dict__[name] = self.private.__dict__[name]
+            else:
+                self.original.__dict__.pop(name, None)
+
+
+def _same(a, b) -> bool:
+    """Whether two values are equal; what gives no yes or no (arrays, tensors, what holds them) counts as changed."""
+    try:
+        return bool(a == b)
+    except Exception:
+        return False
 
 
 @dataclass
 class Record:
-    """What patch_model changed on one module. config: of an attention module; request: patch_model's arguments, on the
-    module it was called with."""
+    """What patch_model changed on one module. config: of an attention module; called: whether patch_model was called
+    with this module, and request: its arguments then."""
 
     options: Options | None = None
     config: ConfigCopy | None = None
     configs: dict[str, ConfigCopy] = field(default_factory=dict)
     original_class: type | None = None
+    called: bool = False
     request: dict | None = None
 
     def __getstate__(self) -> dict:

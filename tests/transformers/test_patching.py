@@ -95,17 +95,6 @@ def test_two_models_of_one_config_stay_apart(tiny):
     assert first.config is config
 
 
-def test_settings_made_while_patched_are_kept(tiny):
-    model = tiny.make("gpt2")
-    config = model.config
-    hf_flash.patch_model(model)
-    model.config.use_cache = False
-    model.config.id2label = {0: "no", 1: "yes"}
-    hf_flash.unpatch_model(model)
-    assert model.config is config and config.use_cache is False and config.id2label == {0: "no", 1: "yes"}
-    assert config._attn_implementation == "eager"
-
-
 def test_with_statement_restores_after_an_exception(tiny):
     model = tiny.make("bert")
     with hf_flash.patched(model) as same:
@@ -248,31 +237,11 @@ def test_a_gpu_without_kernels_is_announced(tiny, monkeypatch, caplog):
     assert len(messages) == 1 and "install nvcc" in messages[0]
 
 
-def test_a_part_cannot_be_unpatched_alone(tiny):
-    """Its mask would be of the wrong kind. A part with all attention modules of its config can be."""
-    model = hf_flash.patch_model(tiny.make("bert"))
-    with pytest.raises(ValueError, match="1 of the 2 attention modules that share a config"):
-        hf_flash.unpatch_model(model.bert.encoder.layer[0])
-    assert [row.status for row in hf_flash.explain(model).rows] == ["patched"] * 2
-    hf_flash.unpatch_model(model.bert)
-    assert not hf_flash.is_patched(model)
-    model(**tiny.batch("bert"))
-
-
 def test_patching_after_another_switch(tiny):
     model = hf_flash.patch_model(tiny.make("bert"))
     model.set_attn_implementation("eager")
     assert not hf_flash.is_patched(model)
     assert hf_flash.is_patched(hf_flash.patch_model(model))
-
-
-def test_patched_gives_a_part_its_patch_back(tiny):
-    model = tiny.make("bert")
-    hf_flash.patch_model(model.bert, deterministic=True)
-    with hf_flash.patched(model, exclude="*layer.0*"):
-        assert [row.status for row in hf_flash.explain(model).rows] == ["skipped", "patched"]
-    assert [row.status for row in hf_flash.explain(model).rows] == ["patched"] * 2
-    assert not hf_flash.is_patched(hf_flash.unpatch_model(model.bert))
 
 
 def test_hooks_of_attn_implementation_outlive_patched(tiny):
