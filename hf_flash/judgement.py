@@ -49,12 +49,48 @@ def attentions_of(model: nn.Module) -> list[Found]:
         cls = original_class(module)
         known = registry.behaviour_of(cls) is not None
         if known or ("Attention" in cls.__name__ and not any(inner)):
-            found.insert(here, Found(name, module, holder, registry.class_reason(cls)))
+            reason = registry.class_reason(cls)
+            if reason is None and not registry.through_interface(cls):
+                reason = bound_reason(name, module)
+            found.insert(here, Found(name, module, holder, reason))
             return True
         return any(inner)
 
     visit("", model, None, set())
     return found
+
+
+def bound_reason(name: str, module: nn.Module) -> Unsupported | None:
+    """Why a replacement class would not change what a module does, or None."""
+    if "forward" not in module.__dict__ or original_class(module) is not type(module):
+        return None
+    return Unsupported(
+        "BOUND_FORWARD",
+        f"{name or type(module).__name__} has a forward of its own, as accelerate's hooks for dispatch and offload "
+        "give it: a replacement class would not be called; call patch_model before accelerate gets the model",
+    )
+
+
+def padding_stacks(model: nn.Module, left_out: set[int]) -> tuple[list[nn.Module], Unsupported | None]:
+    """The stacks of layers that can drop padding, and why ``padding_free=True`` would be in vain somewhere, or None.
+
+    left_out: id of each attention module that is left out of a patch; it would attend to all tokens of a batch at once.
+    """
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if getattr(registry.rule_of(type(module)), "padding_free", None) is not None
+        and not any(id(part) in left_out for part in module.modules())
+    ]
+    if not stacks:
+        return [], Unsupported(
+            "PADDING_FREE",
+            f"{type(model).__name__} has no stack of layers like BertEncoder's that is patched as a whole, and only "
+            "those drop padding; leave padding_free out",
+        )
+    reasons = [bound_reason(name, module) for name, module in stacks]
+    good = [module for (_, module), reason in zip(stacks, reasons, strict=True) if reason is None]
+    return good, next(filter(None, reasons), None)
 
 
 def selected(found: Found, include, exclude) -> bool:
@@ -108,17 +144,20 @@ def _is_of_transformers(module: nn.Module) -> bool:
     return original_class(module).__module__.partition(".")[0] == "transformers"
 
 
-def complain(model, attentions, wanted, reasons, on_unsupported: str) -> None:
+def complain(model, attentions, wanted, reasons, padding: Unsupported | None, on_unsupported: str) -> None:
+    """Warn or raise where something that was asked for will not be done. padding: about padding_free."""
     skipped = [f for f in attentions if reasons[id(f.module)] is not None and reasons[id(f.module)].code != "EXCLUDED"]
-    if attentions and wanted and not skipped:
+    if attentions and wanted and not skipped and padding is None:
         return
     if attentions and not wanted:
         text = f"include and exclude leave none of the {len(attentions)} attention modules of {type(model).__name__}"
         text += f" [EXCLUDED]; the first one's name is {attentions[0].name!r}"
-    elif attentions:
+    elif skipped:
         reason = reasons[id(skipped[0].module)]
         text = f"{len(skipped)} of {len(attentions)} attention modules of {type(model).__name__} stay as they are"
         text += f" [{reason.code}]: {reason.sentence}"
+    elif attentions:
+        text = f"padding_free=True cannot be done [{padding.code}]: {padding.sentence}"
     else:
         text = f"{type(model).__name__} has no attention module that hf_flash knows [MODEL]"
     if on_unsupported == "error" or report.strict():

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import backend, ops, registry, report, support
-from .fallback import RECORD, Options, options_of
-from .judgement import Found, attentions_of, complain, judge, original_class, patterns_of, selected
+from .fallback import RECORD, Options
+from .judgement import Found, attentions_of, complain, judge, original_class, padding_stacks, patterns_of, selected
 from .record import ConfigCopy, Record
 from .report import Report, Row, logger
 from .support import Unsupported
@@ -80,7 +80,8 @@ def patch_model(
         include, exclude: glob patterns of module names (``"encoder.layer.0.*"``), or a function
             ``(name, module) -> bool``; default: every attention module on the list. Modules left out of a model that
             is otherwise patched run in Transformers' eager attention where that is what they had, else in its sdpa.
-        on_unsupported: "warn", "error" or "ignore", for modules that cannot be patched.
+        on_unsupported: "warn", "error" or "ignore", for modules that cannot be patched, and for padding_free=True where
+            it would drop no padding.
         on_fallback: "warn" (once for each class and reason), "error" or "ignore", for calls that our kernels do not
             serve; they run in Transformers' own attention.
         fp32: for float32 tensors outside autocast on devices whose kernels take half precision: "fallback" to
@@ -93,8 +94,8 @@ def patch_model(
         The same model.
 
     Raises:
-        ValueError: an argument is wrong. NotImplementedError: a module cannot be patched and ``on_unsupported`` is
-        "error" or HF_FLASH_STRICT=1 is set. HF_FLASH_DISABLE=1 makes this function do nothing.
+        ValueError: an argument is wrong. NotImplementedError: something cannot be done and ``on_unsupported`` is
+        "error" or HF_FLASH_STRICT=1 is set; the model is as it was. HF_FLASH_DISABLE=1 makes this function do nothing.
     """
     include, exclude = patterns_of(include), patterns_of(exclude)
     request = {
@@ -112,11 +113,15 @@ def patch_model(
     as_asked = served == [key for key, reason in reasons.items() if reason is None and key in wanted]
     if served and as_asked and getattr(getattr(model, RECORD, None), "request", None) == request:
         return model
-    complain(model, attentions, wanted, reasons, on_unsupported)  # may raise: the old patch stands until here
+    left_out = {key for key, reason in reasons.items() if reason is None} - wanted
+    stacks, padding = padding_stacks(model, left_out) if padding_free else ([], None)
+    complain(model, attentions, wanted, reasons, padding, on_unsupported)  # may raise: the old patch stands until here
     unpatch_model(model, _keep_counts=True)
     if any(reason is None for reason in reasons.values()):
         options = Options(on_fallback=on_fallback, fp32=fp32, deterministic=deterministic)
-        _apply(model, attentions, reasons, wanted, options, padding_free)
+        _apply(model, attentions, reasons, wanted, options)
+        for stack in stacks:
+            _swap(stack, registry.rule_of(type(stack)).padding_free)
         record = _record(model)
         record.called, record.request = True, request
     _warn_without_cuda_library()
@@ -124,7 +129,7 @@ def patch_model(
     return model
 
 
-def _apply(model, attentions, reasons, wanted, options: Options, padding_free: bool) -> None:
+def _apply(model, attentions, reasons, wanted, options: Options) -> None:
     good = {id(found.config) for found in attentions if reasons[id(found.module)] is None}
     bad = {id(found.config) for found in attentions if reasons[id(found.module)] is not None}
     copies = _copy_configs(model)
@@ -144,11 +149,6 @@ def _apply(model, attentions, reasons, wanted, options: Options, padding_free: b
             if isinstance(value, PreTrainedConfig):
                 _record(module).configs[name] = copies[id(value)]
                 module.__dict__[name] = copies[id(value)].private
-        rule = registry.rule_of(type(module))
-        drops_padding = padding_free and rule is not None and rule.padding_free is not None
-        # A layer left out would attend to all tokens of a batch at once.
-        if drops_padding and not any(options_of(part).excluded for part in module.modules()):
-            _swap(module, rule.padding_free)
     for key, config in copies.items():
         # A config without attention modules of its own (a composite's) follows when nothing below it was refused.
         if key in good or (key not in bad and not bad):

@@ -314,6 +314,17 @@ def test_an_unknown_attention_module_falls_back(tiny):
     assert not hf_flash.is_patched(model)
 
 
+def test_a_forward_that_is_bound_to_a_module(tiny, monkeypatch):
+    """Where a release needs a replacement class for T5Attention, that class would not be called."""
+    model = tiny.make("t5")
+    module = model.decoder.block[1].layer[0].SelfAttention
+    module.forward = module.forward
+    hf_flash.patch_model(model.encoder, on_unsupported="error")
+    monkeypatch.setattr("hf_flash.registry.through_interface", lambda cls: False)
+    with pytest.raises(NotImplementedError, match=r"4 of 6 .*BOUND_FORWARD\].*decoder.block.1.layer.0.SelfAttention"):
+        hf_flash.patch_model(model, on_unsupported="error")
+
+
 def test_paged_cache_is_refused(tiny):
     module = hf_flash.patch_model(tiny.make("llama"), on_fallback="error").model.layers[0].self_attn
     with pytest.raises(NotImplementedError, match="PAGED_CACHE"):

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate.hooks
 import pytest
 import torch
 
@@ -109,6 +110,54 @@ def test_padding_free_where_every_layer_is_served(tiny, monkeypatch, arguments):
     model(**inputs)
     tokens = (1, int(inputs["attention_mask"].sum()))
     assert shapes == {tokens if arguments == {"fp32": "bfloat16"} else (3, 13)}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
+def test_padding_free_in_vain(tiny, name, caplog):
+    """No encoder that could drop padding: never in silence."""
+    model = tiny.make(name)
+    with pytest.raises(NotImplementedError, match=r"\[PADDING_FREE\].*leave padding_free out"):
+        hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
+    assert not hf_flash.is_patched(model)
+    hf_flash.patch_model(model, padding_free=True)
+    hf_flash.patch_model(model, padding_free=True)
+    assert caplog.text.count("[PADDING_FREE]") == 1 and hf_flash.is_patched(model)
+
+
+def test_padding_free_without_a_layer(tiny, caplog, monkeypatch):
+    hf_flash.patch_model(tiny.make("bert"), padding_free=True, exclude="*layer.0*")
+    assert "[PADDING_FREE]" in caplog.text
+    monkeypatch.setenv("HF_FLASH_STRICT", "1")
+    with pytest.raises(NotImplementedError, match="PADDING_FREE"):
+        hf_flash.patch_model(tiny.make("bert"), padding_free=True, exclude="*layer.0*")
+
+
+def test_padding_free_in_one_of_two_models(tiny, caplog):
+    both = torch.nn.ModuleList([tiny.make("bert"), tiny.make("gpt2")])
+    hf_flash.patch_model(both, padding_free=True, on_unsupported="error")
+    shapes, inputs = shapes_of_queries(both), tiny.batch("bert")
+    both[0](**inputs)
+    assert shapes == {(1, int(inputs["attention_mask"].sum()))} and not caplog.records
+
+
+def test_padding_free_under_hooks_of_accelerate(tiny, caplog):
+    """They bind a forward to the module, under which no class is looked at; bound after the patch they call it."""
+    inputs = tiny.batch("bert")
+    packed = {(1, int(inputs["attention_mask"].sum()))}
+    for hooked_first in (True, False):
+        model = tiny.make("bert")
+        if not hooked_first:
+            hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
+        accelerate.hooks.add_hook_to_module(model.bert.encoder, accelerate.hooks.ModelHook())
+        shapes = shapes_of_queries(model)
+        if hooked_first:
+            with pytest.raises(NotImplementedError, match=r"\[BOUND_FORWARD\]: bert.encoder .*before accelerate"):
+                hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
+        hf_flash.patch_model(model, padding_free=True, deterministic=True)
+        assert ("BOUND_FORWARD" in caplog.text) == hooked_first and hf_flash.is_patched(model)
+        model(**inputs)
+        assert shapes == ({(3, 13)} if hooked_first else packed)
+        caplog.clear()
 
 
 def test_padding_free_with_checkpointing(tiny):
