@@ -60,10 +60,10 @@ class PaddingFree:
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         keep = None if args else self._tokens(hidden_states, attention_mask, kwargs)
-        if keep is None:
+        places = None if keep is None else keep.reshape(-1).nonzero().flatten()
+        if places is None or len(places) == 0:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch, length = keep.shape
-        places = keep.reshape(-1).nonzero().flatten()
         lengths = keep.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         packing = Packing(cu_seqlens, cu_seqlens, length, length)

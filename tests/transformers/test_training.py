@@ -84,6 +84,13 @@ def test_padding_free(tiny, name, padding):
     assert hf_flash.explain(model).share == 1.0
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_free_of_nothing_but_padding(tiny, name):
+    model, plain = hf_flash.patch_model(tiny.make(name), padding_free=True), tiny.twin(tiny.make(name))
+    inputs = tiny.batch(name) | {"attention_mask": torch.zeros(3, 13, dtype=torch.long)}
+    tiny.assert_same_step(plain, model, inputs)
+
+
 @pytest.mark.parametrize("name", ["albert", "bert", "distilbert"])
 def test_padding_free_steps_aside(tiny, name, monkeypatch):
     """Each layer's states asked for, or no kernel: the padded way, with the same results."""
