@@ -100,8 +100,9 @@ def sequence_ids(position_ids: torch.Tensor) -> torch.Tensor:
     from ``padding_idx + 1``). Anything else (constant, shuffled, left-padded positions) is left alone.
     """
     first = position_ids[:, :1]
-    breaks = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=False)
-    is_packing = (~breaks | (position_ids == first)).all(dim=1, keepdim=True)
+    counts_up = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    breaks = F.pad(~counts_up, (1, 0), value=False)
+    is_packing = (~breaks | (position_ids == first)).all(dim=1, keepdim=True) & counts_up.any(dim=1, keepdim=True)
     return (breaks & is_packing).cumsum(1)
 
 

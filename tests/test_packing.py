@@ -59,7 +59,8 @@ def test_sequence_ids():
 
     assert ids(0, 1, 2, 0, 1, 0) == [0, 0, 0, 1, 1, 2]
     assert ids(2, 3, 4, 2, 3) == [0, 0, 0, 1, 1]  # RoBERTa counts from padding_idx + 1
-    assert ids(0, 0, 0) == [0, 1, 2]
+    assert ids(0, 0, 0) == ids(3, 3, 3) == [0, 0, 0]  # constant: no packing
+    assert ids(0, 0, 0, 1) == [0, 1, 2, 2]
     assert ids(0, 1, 2, 3) == [0, 0, 0, 0]
     assert ids(3, 1, 2, 0) == [0, 0, 0, 0]  # shuffled: no packing
     assert ids(1, 1, 0, 1, 2) == [0, 0, 0, 0, 0]  # left padding, as generate() fills it

@@ -146,9 +146,24 @@ def test_positions_that_are_no_packing_change_nothing(tiny):
     eager = tiny.make("bert")
     ours = tiny.twin(eager)
     ids = sequences()[2]
-    for positions in ([3, 1, 2, 0, 5, 4, 6], [1, 1, 1, 0, 1, 2, 3], list(range(4, 11))):
+    for positions in ([3, 1, 2, 0, 5, 4, 6], [1, 1, 1, 0, 1, 2, 3], list(range(4, 11)), [0] * 7, [5] * 7):
         inputs = {"input_ids": ids, "position_ids": torch.tensor([positions])}
         assert (eager(**inputs).logits - ours(**inputs).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("positions", [[0] * 7, [0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 2, 3, 4], [4, 5, 6, 7, 8, 9, 10]])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_positions_mean_what_they_mean_to_sdpa(tiny, name, positions):
+    """Transformers reads packed sequences out of a causal model's positions itself, by a rule of its own."""
+    sdpa, ours = tiny.make(name, "sdpa"), tiny.twin(tiny.make(name))
+    encoder = tiny.models[name].kind == "encoder"
+    inputs = {"input_ids": sequences()[2], "position_ids": torch.tensor([positions])}
+    inputs |= {} if encoder else {"use_cache": False}
+    want, got = sdpa(**inputs).logits, ours(**inputs).logits
+    if encoder and positions.count(0) > 1 and 1 in positions:
+        assert (want - got).abs().max() > 0.1  # there sdpa lets packed sequences see each other
+    else:
+        assert (want - got).abs().max() <= 2e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "distilbert"])
