@@ -175,10 +175,14 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     if cu_q is not None or cu_k is not None or (seq_idx is not None and one_row):
         # Transformers may have read this packing out of position_ids already (visible.ids); cu_seq_lens repeats it
         if cross or not isinstance(visible, Visibility) or visible.hides_keys():
-            what = "cross-attention" if cross else "an attention_mask that hides keys"
+            what = "an attention_mask that hides keys; pass padded batches there, or packed ones without a mask"
+            if cross:
+                what = "cross-attention; pass padded batches there"
+            elif is_traced():
+                what = "an attention_mask, whose values cannot be looked at under torch.compile; leave the mask out"
             raise ValueError(
                 f"hf_flash [PACKED]: {type(module).__name__} got packed sequences (cu_seq_lens_q, cu_seq_lens_k or "
-                f"seq_idx) together with {what}; pass padded batches there, or packed ones without a mask"
+                f"seq_idx) together with {what}"
             )
         if query.shape[0] != 1:
             raise ValueError(

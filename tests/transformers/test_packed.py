@@ -135,6 +135,21 @@ def test_cross_attention_refuses_packed_sequences(tiny):
         ours(**inputs, attention_mask=torch.tensor([[1] * 12 + [0]]))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_keywords_beside_a_mask_of_ones(tiny, fullgraph):
+    """The collator gives none, a tokenizer may. Compiled code cannot look at it, and says so."""
+    ours = tiny.twin(tiny.make("bert"))
+    inputs = packed_inputs("keywords")
+    want = ours(**inputs).logits
+    mask = {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    assert torch.equal(ours(**inputs, **mask).logits, want)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=fullgraph)
+    assert (compiled(**inputs).logits - want).abs().max() < 1e-5
+    with pytest.raises(Exception, match=r"cannot be looked at under torch.compile; leave the mask out"):
+        compiled(**inputs, **mask)
+
+
 def test_keywords_for_a_padded_batch_are_refused(tiny):
     ours = tiny.twin(tiny.make("bert"))
     cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
