@@ -126,7 +126,8 @@ def flash_attention(
         query_range: int32 ``(B, 2)``: rows outside are not computed: out 0, lse -inf, gradients 0.
         query_offset: int32 ``(B,)``: ``position(i) = i + query_offset[b]``; default Sk - Sq (bottom-right).
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
-        max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises. Of a
+            longer sequence the rows and keys beyond are left out in silence; with HF_FLASH_CHECK=1 that raises.
         deterministic: gradients with the same bits on every run; None follows
             ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of

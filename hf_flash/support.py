@@ -7,6 +7,8 @@ falls back and reports. ``csrc/bindings.h`` repeats the checks that protect memo
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 import os
 from typing import NamedTuple
 
@@ -169,17 +171,38 @@ def _scores(name, t, q, dtypes, full) -> Unsupported | None:
     return None
 
 
+def _integer(x) -> bool:
+    """True is none here, and a tensor neither: reading it would make the host wait for the device."""
+    return type(x) is int or (isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool))
+
+
 def _scalars(window, softcap, scale, dropout_p) -> Unsupported | None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         return _type(f"`window` is {window!r}; it must be a pair (left, right) of integers, -1 meaning unlimited")
-    if window[0] < -1 or window[1] < -1:
+    left, right = window
+    if not (_integer(left) and _integer(right)):
+        return _type(f"`window` is {tuple(window)}; left and right must be integers, -1 meaning unlimited")
+    if left < -1 or right < -1:
         return _value(f"`window` is {tuple(window)}; left and right must be -1 (unlimited) or at least 0")
-    if softcap < 0:
-        return _value(f"`softcap` is {softcap}; it must be positive, or 0 for none")
-    if scale is not None and not scale > 0:
-        return _value(f"`scale` is {scale}; it must be positive (None means 1 / sqrt(head_dim))")
+    if not 0 <= softcap < math.inf:
+        return _value(f"`softcap` is {softcap}; it must be positive and finite, or 0 for none")
+    if scale is not None and not 0 < scale < math.inf:
+        return _value(f"`scale` is {scale}; it must be positive and finite (None means 1 / sqrt(head_dim))")
     if not 0 <= dropout_p < 1:
         return _value(f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1")
+    return None
+
+
+def _longest(name, longest, packed: bool) -> Unsupported | None:
+    """max_seqlen_q and max_seqlen_k."""
+    if longest is None:
+        return None
+    if not packed:
+        return _value(f"`max_seqlen_{name}` is {longest} without cu_seqlens; it is for packed batches, leave it out")
+    if not _integer(longest):
+        return _type(f"`max_seqlen_{name}` is {longest!r}; it must be an int or None, which reads it from the device")
+    if longest < 0:
+        return _value(f"`max_seqlen_{name}` is {longest}; it must be at least 0 and no less than the longest sequence")
     return None
 
 
@@ -202,9 +225,12 @@ def unsupported(
     # `is`, one by one: a generator over them would take as long as all the rest here.
     if (
         bias is mask is alibi_slopes is sink is dropout_seed is None
-        and key_range is query_range is query_offset is cu_seqlens_q is None
+        and key_range is query_range is query_offset is cu_seqlens_q is max_seqlen_q is max_seqlen_k is None
     ):
         return None
+    reason = _longest("q", max_seqlen_q, packed) or _longest("k", max_seqlen_k, packed)
+    if reason:
+        return reason
     batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     heads = q.shape[-2]
     ints, longs, floats = (torch.int32,), (torch.int64,), (torch.float32,)

@@ -78,6 +78,20 @@ def test_compile_padded_with_dynamic_shapes(device, plain_dtype):
         agree(results(fast, tensors, key_range), results(layer, tensors, key_range), plain_dtype)
 
 
+class HalfWindow(torch.nn.Module):
+    """Each query sees the last half of a row before it."""
+
+    def forward(self, q):
+        return flash_attention(q, q, q, window=(q.shape[1] // 2, 0))
+
+
+def test_a_window_may_follow_from_a_dynamic_length():
+    dynamic = {"q": {1: torch.export.Dim("length", min=4, max=64)}}
+    exported = torch.export.export(HalfWindow(), (torch.randn(1, 16, 2, 8),), dynamic_shapes=dynamic, strict=False)
+    q = torch.randn(1, 20, 2, 8)
+    assert torch.equal(exported.module()(q), HalfWindow()(q))
+
+
 def test_compile_packed_with_dynamic_shapes(device, plain_dtype):
     def layer(q, k, v, starts, longest: int):
         lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}

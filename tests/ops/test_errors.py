@@ -56,8 +56,15 @@ BAD = {
     "dropout negative": (arguments(dropout_p=-0.1), ValueError, ["`dropout_p`", "-0.1", "at least 0"]),
     "dropout nan": (arguments(dropout_p=float("nan")), ValueError, ["`dropout_p`", "nan"]),
     "softcap": (arguments(softcap=-1.0), ValueError, ["`softcap`", "-1.0", "positive"]),
+    "softcap nan": (arguments(softcap=float("nan")), ValueError, ["`softcap`", "nan", "positive and finite"]),
+    "softcap inf": (arguments(softcap=float("inf")), ValueError, ["`softcap`", "inf", "positive and finite"]),
+    "scale nan": (arguments(scale=float("nan")), ValueError, ["`scale`", "nan", "positive and finite"]),
+    "scale inf": (arguments(scale=float("inf")), ValueError, ["`scale`", "inf", "positive and finite"]),
     "scale": (arguments(scale=0.0), ValueError, ["`scale`", "0.0", "positive", "head_dim"]),
     "window": (arguments(window=(-2, 0)), ValueError, ["`window`", "(-2, 0)", "-1"]),
+    "window of halves": (arguments(window=(2.5, 0)), TypeError, ["`window`", "(2.5, 0)", "integers", "-1"]),
+    "window of None": (arguments(window=(None, 0)), TypeError, ["`window`", "(None, 0)", "integers"]),
+    "window of bools": (arguments(window=(True, 0)), TypeError, ["`window`", "(True, 0)", "integers"]),
     "window type": (arguments(window=5), TypeError, ["`window`", "5", "(left, right)"]),
     "bias shape": (arguments(bias=zeros(1, 4, 6, 8)), ValueError, ["`bias`", "(1, 4, 6, 8)", "(2, 4, 6, 9)"]),
     "bias dims": (arguments(bias=zeros(1, 1, 1, 6, 9)), ValueError, ["`bias`", "(1, 1, 1, 6, 9)"]),
@@ -90,6 +97,16 @@ BAD = {
     "cu_seqlens dims": (packed(cu_seqlens_q=int32([[0, 2, 6]], "cpu")), ValueError, ["`cu_seqlens_q`", "(B + 1,)"]),
     "ranges packed": (
         packed(key_range=int32([[0, 1], [0, 1]], "cpu")), ValueError, ["`key_range`", "`cu_seqlens_q`", "shorten"]
+    ),
+    "max_seqlen alone": (arguments(max_seqlen_q=4), ValueError, ["`max_seqlen_q` is 4", "cu_seqlens", "leave it out"]),
+    "max_seqlen beside a mask": (
+        arguments(mask=zeros(6, 9).bool(), max_seqlen_k=4), ValueError, ["`max_seqlen_k` is 4", "cu_seqlens"]
+    ),
+    "max_seqlen negative": (packed(max_seqlen_k=-4), ValueError, ["`max_seqlen_k` is -4", "at least 0"]),
+    "max_seqlen float": (packed(max_seqlen_q=4.0), TypeError, ["`max_seqlen_q` is 4.0", "int or None"]),
+    "max_seqlen bool": (packed(max_seqlen_q=True), TypeError, ["`max_seqlen_q` is True", "int or None"]),
+    "max_seqlen tensor": (
+        packed(max_seqlen_k=torch.tensor(5)), TypeError, ["`max_seqlen_k` is tensor(5)", "int or None"]
     ),
     "packed bias": (
         packed(bias=zeros(1, 1, 4, 5), max_seqlen_q=None), ValueError, ["`bias`", "`max_seqlen_q`", "pass both"]
