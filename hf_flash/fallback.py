@@ -11,10 +11,8 @@ from transformers import AttentionInterface
 
 from . import support
 from .packing import Visibility
-from .report import ASKED_FOR
+from .report import ASKED_FOR, RECORD
 from .support import Unsupported
-
-RECORD = "_hf_flash"  # name under which patch_model leaves its record in a module's __dict__
 
 
 class Options(NamedTuple):

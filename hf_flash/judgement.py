@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from . import registry, report
-from .fallback import RECORD
-from .report import logger
+from .report import RECORD, logger
 from .support import Unsupported
 
 

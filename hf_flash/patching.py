@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import backend, ops, registry, report, support
-from .fallback import RECORD, Options
+from .fallback import Options
 from .judgement import Found, attentions_of, complain, judge, original_class, padding_stacks, patterns_of, selected
 from .record import ConfigCopy, Record
-from .report import Report, Row, logger
+from .report import RECORD, Report, Row, logger
 from .support import Unsupported
 
 __all__ = ["explain", "is_patched", "patch_model", "patched", "unpatch_model"]
@@ -137,7 +137,8 @@ def _apply(model, attentions, reasons, wanted, options: Options) -> None:
         if reasons[id(found.module)] is None:
             original = found.config._attn_implementation or "sdpa"
             excluded = id(found.module) not in wanted
-            record = _record(found.module)
+            calls, record = report.calls_of(found.module), _record(found.module)
+            record.calls = calls
             record.options = options._replace(excluded=excluded, original=original)
             record.config = copies[id(found.config)]
             record.config.attentions += 1
@@ -195,6 +196,8 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
                 module.__dict__[name] = config.original
         if record.original_class is not None:
             module.__class__ = record.original_class
+        if record.calls is not None:
+            report.keep(module, record.calls)
         del module.__dict__[RECORD]
     if records:
         backend.detach_rules(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedConfig
 
 from .fallback import Options
+from .report import Calls
 
 
 @dataclass
@@ -49,17 +50,20 @@ def _same(a, b) -> bool:
 
 @dataclass
 class Record:
-    """What patch_model changed on one module. config: of an attention module; called: whether patch_model was called
-    with this module, and request: its arguments then."""
+    """What patch_model changed on one module. config and calls: of an attention module; called: whether patch_model was
+    called with this module, and request: its arguments then."""
 
     options: Options | None = None
     config: ConfigCopy | None = None
+    calls: Calls | None = None
     configs: dict[str, ConfigCopy] = field(default_factory=dict)
     original_class: type | None = None
     called: bool = False
     request: dict | None = None
 
     def __getstate__(self) -> dict:
-        """For pickle and deepcopy: a request with functions in it stays behind, since most cannot be pickled."""
+        """For pickle and deepcopy: a copy counts its calls anew, and a request with functions in it stays behind, since
+        most cannot be pickled."""
+        state = self.__dict__ | {"calls": None if self.calls is None else Calls()}
         told = self.request is not None and any(callable(value) for value in self.request.values())
-        return self.__dict__ | {"request": None} if told else self.__dict__
+        return state | {"request": None} if told else state

@@ -18,6 +18,7 @@ from .support import Unsupported
 
 logger = logging.getLogger("hf_flash")
 
+RECORD = "_hf_flash"  # name under which patch_model leaves its record in a module's __dict__
 ASKED_FOR = ("DISABLED", "EXCLUDED")  # reasons that the user gave; never a warning, nor an error
 
 
@@ -35,7 +36,14 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 def calls_of(module: nn.Module) -> Calls:
-    return _CALLS.setdefault(module, Calls())
+    """A module's count; a patched one's is in its record, which the replicas of nn.DataParallel share with it."""
+    calls = getattr(module.__dict__.get(RECORD), "calls", None)
+    return _CALLS.setdefault(module, Calls()) if calls is None else calls
+
+
+def keep(module: nn.Module, calls: Calls) -> None:
+    """Go on counting from here."""
+    _CALLS[module] = calls
 
 
 def forget(module: nn.Module) -> None:

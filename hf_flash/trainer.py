@@ -29,6 +29,7 @@ class FlashAttentionCallback(TrainerCallback):
         self.restore_on_train_end = restore_on_train_end
         self.arguments = arguments
         self.model = None
+        self._last: Report | None = None  # of a model that was restored
 
     def _patch(self, model) -> None:
         if model is None:
@@ -46,12 +47,14 @@ class FlashAttentionCallback(TrainerCallback):
     def restore(self) -> None:
         """Undo the patch now. Does nothing when this callback patched nothing."""
         if self.model is not None:
+            self._last = explain(self.model)
             unpatch_model(self.model)
             self.model = None
 
     def report(self) -> Report | None:
-        """What ran where so far (:func:`hf_flash.explain`), None before the model is known."""
-        return None if self.model is None else explain(self.model)
+        """What ran where (:func:`hf_flash.explain`), up to now or to where the model was restored; None before the
+        model is known."""
+        return self._last if self.model is None else explain(self.model)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._patch(model)

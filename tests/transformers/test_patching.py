@@ -218,6 +218,22 @@ def test_report(tiny, caplog):
     assert hf_flash.explain(tiny.make("bert")).reasons().keys() == {"NOT_PATCHED"}
 
 
+def test_counts(tiny):
+    """Replicas of nn.DataParallel count for their module, copies for themselves; patching anew goes on counting."""
+    model = hf_flash.patch_model(tiny.make("bert"))
+    module = model.bert.encoder.layer[0].attention.self
+    module._replicate_for_data_parallel()(torch.randn(2, 6, 32))
+    assert [row.served for row in hf_flash.explain(model).rows] == [1, 0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert hf_flash.explain(other).calls == 0
+        other.bert.encoder.layer[0].attention.self._replicate_for_data_parallel()(torch.randn(2, 6, 32))
+        assert hf_flash.explain(other).calls == 1 and hf_flash.explain(model).calls == 1
+    hf_flash.patch_model(model, deterministic=True)
+    assert hf_flash.explain(model).calls == 1
+    hf_flash.patch_model(hf_flash.unpatch_model(model))
+    assert hf_flash.explain(model).calls == 0
+
+
 @pytest.mark.parametrize("argument", ["on_unsupported", "on_fallback", "fp32"])
 def test_wrong_arguments(tiny, argument):
     with pytest.raises(ValueError, match=f"{argument}='maybe'"):

@@ -57,8 +57,10 @@ def test_restores_at_the_end_if_asked(tiny, tmp_path):
     callback = hf_flash.FlashAttentionCallback(restore_on_train_end=True)
     ours = trainer(tiny, tmp_path, [callback])
     config = tiny.make("bert").config.to_dict()
+    assert callback.report().share is None
     ours.train()
     assert not hf_flash.is_patched(ours.model) and ours.model.config.to_dict().keys() == config.keys()
+    assert callback.report().share == 1.0 and {row.status for row in callback.report().rows} == {"patched"}
     ours.train()
     assert len(losses(ours)) >= 3
 
