@@ -59,14 +59,21 @@ def attentions_of(model: nn.Module) -> list[Found]:
     return found
 
 
+def bound_forwards(module: nn.Module) -> list[str]:
+    """Names under which a module holds its class's forward, bound: where accelerate's hooks keep the one that they
+    call, and where it stays when such a hook is removed."""
+    bound = ((name, module.__dict__.get(name)) for name in ("forward", "_old_forward"))
+    return [name for name, method in bound if getattr(method, "__func__", None) is type(module).forward]
+
+
 def bound_reason(name: str, module: nn.Module) -> Unsupported | None:
     """Why a replacement class would not change what a module does, or None."""
-    if "forward" not in module.__dict__ or original_class(module) is not type(module):
+    if "forward" not in module.__dict__ or bound_forwards(module) or original_class(module) is not type(module):
         return None
     return Unsupported(
         "BOUND_FORWARD",
-        f"{name or type(module).__name__} has a forward of its own, as accelerate's hooks for dispatch and offload "
-        "give it: a replacement class would not be called; call patch_model before accelerate gets the model",
+        f"{name or type(module).__name__} has a forward of its own in place of its class's: a replacement class would "
+        "not be called; call patch_model before that forward is set",
     )
 
 

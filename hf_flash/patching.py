@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -19,7 +20,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import backend, ops, registry, report, support
 from .fallback import Options
-from .judgement import Found, attentions_of, complain, judge, original_class, padding_stacks, patterns_of, selected
+from .judgement import (
+    Found,
+    attentions_of,
+    bound_forwards,
+    complain,
+    judge,
+    original_class,
+    padding_stacks,
+    patterns_of,
+    selected,
+)
 from .record import ConfigCopy, Record
 from .report import RECORD, Report, Row, logger
 from .support import Unsupported
@@ -159,7 +170,13 @@ def _apply(model, attentions, reasons, wanted, options: Options) -> None:
 
 def _swap(module: nn.Module, mixin: type) -> None:
     _record(module).original_class = type(module)
-    module.__class__ = registry.swapped_class(mixin, type(module))
+    _change_class(module, registry.swapped_class(mixin, type(module)))
+
+
+def _change_class(module: nn.Module, cls: type) -> None:
+    for name in bound_forwards(module):
+        module.__dict__[name] = types.MethodType(cls.forward, module)
+    module.__class__ = cls
 
 
 _warned_cuda = False
@@ -195,7 +212,7 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
             if module.__dict__.get(name) is config.private:
                 module.__dict__[name] = config.original
         if record.original_class is not None:
-            module.__class__ = record.original_class
+            _change_class(module, record.original_class)
         if record.calls is not None:
             report.keep(module, record.calls)
         del module.__dict__[RECORD]

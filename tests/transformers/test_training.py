@@ -148,23 +148,36 @@ def test_padding_free_in_one_of_two_models(tiny, caplog):
 
 
 def test_padding_free_under_hooks_of_accelerate(tiny, caplog):
-    """They bind a forward to the module, under which no class is looked at; bound after the patch they call it."""
+    """They keep the forward that they call bound to the module: with a class that changes it changes too."""
     inputs = tiny.batch("bert")
     packed = {(1, int(inputs["attention_mask"].sum()))}
-    for hooked_first in (True, False):
+    for hooked_first, removed in ((True, False), (False, False), (True, True)):
         model = tiny.make("bert")
+        before = model(**inputs).logits
         if not hooked_first:
             hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
         accelerate.hooks.add_hook_to_module(model.bert.encoder, accelerate.hooks.ModelHook())
+        if removed:
+            accelerate.hooks.remove_hook_from_module(model.bert.encoder)
         shapes = shapes_of_queries(model)
-        if hooked_first:
-            with pytest.raises(NotImplementedError, match=r"\[BOUND_FORWARD\]: bert.encoder .*before accelerate"):
-                hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
-        hf_flash.patch_model(model, padding_free=True, deterministic=True)
-        assert ("BOUND_FORWARD" in caplog.text) == hooked_first and hf_flash.is_patched(model)
+        hf_flash.patch_model(model, padding_free=True, deterministic=True, on_unsupported="error")
         model(**inputs)
-        assert shapes == ({(3, 13)} if hooked_first else packed)
-        caplog.clear()
+        assert shapes == packed and not caplog.records
+        hf_flash.unpatch_model(model)
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_padding_free_under_a_forward_of_its_own(tiny, caplog):
+    model, inputs = tiny.make("bert"), tiny.batch("bert")
+    forward = model.bert.encoder.forward
+    model.bert.encoder.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(NotImplementedError, match=r"\[BOUND_FORWARD\]: bert.encoder .*before that forward is set"):
+        hf_flash.patch_model(model, padding_free=True, on_unsupported="error")
+    hf_flash.patch_model(model, padding_free=True)
+    assert "BOUND_FORWARD" in caplog.text and hf_flash.is_patched(model)
+    shapes = shapes_of_queries(model)
+    model(**inputs)
+    assert shapes == {(3, 13)}
 
 
 def test_padding_free_with_checkpointing(tiny):
