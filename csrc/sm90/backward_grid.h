@@ -59,6 +59,8 @@ struct BackwardGrid {
     work.ctas = ctas;
     work.before = static_cast<int32_t>((works / ctas - 1) * ctas);
     work.pieces = static_cast<int32_t>(works - work.before);
+    // At D 128 with dropout the kernel of every term serves linear ones.
+    static_assert(backward_config(128, Terms::kLinear).queries == backward_config(128, Terms::kEvery).queries);
     const int queries = tall ? kTallQueries : backward_config(head_dim, terms_of(p)).queries;
     work.steps = p.heads_q / p.heads_k * ((p.seqlen_q + queries - 1) / queries);
     work.tiles = tiles;

@@ -61,9 +61,16 @@ def test_boundaries(options, kind):
 @KINDS
 @pytest.mark.parametrize("rows", [70, 200])
 def test_many_pieces_of_work_of_few_steps(rows, kind):
-    """One or two steps a piece of work, several pieces a CTA: K has two places only."""
+    """One or two steps a piece of work, several pieces a CTA."""
     q, k, v = make_qkv("cuda", torch.float16, 3, rows, 1060, heads=24, head_dim=64)
     check(q, k, v, **terms(kind, torch.float16, 24, rows, 1060))
+
+
+@pytest.mark.parametrize("kind", ["alibi", "dropped bias"])
+def test_turns_of_more_key_tiles_than_multiprocessors(kind):
+    """None of them finishes dq, and each has one step."""
+    q, k, v = make_qkv("cuda", torch.bfloat16, 1, 70, 17104, heads=2, head_dim=64)
+    check(q, k, v, deterministic=True, **terms(kind, torch.bfloat16, 2, 70, 17104))
 
 
 @pytest.mark.parametrize("kind", ["dropped bias", "bias and alibi"])
