@@ -43,17 +43,15 @@ class T5Forward:
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None,
         query_length=None, use_cache=False, output_attentions=False, cache_position=None, **kwargs,
     ):  # fmt: skip
-        seqlen, length = hidden_states.shape[1], query_length
+        seqlen, length, place = hidden_states.shape[1], query_length, {"cache_position": cache_position}
         query = self._heads(hidden_states, self.q)
-        if query_length is None and cache_position is None:  # transformers 5.4 and later tell neither
+        makes_bias = position_bias is None and self.has_relative_attention_bias  # the first layer's, for all
+        if makes_bias and query_length is None and cache_position is None:  # transformers 5.4 and later tell neither
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             # A static cache counts on in this very tensor.
-            place = {"past_seen_tokens": past.clone() if isinstance(past, torch.Tensor) else past}
-            length = seqlen
-        else:
-            place = {"cache_position": cache_position}
+            length, place = seqlen, {"past_seen_tokens": past.clone() if isinstance(past, torch.Tensor) else past}
         keys, values = self._keys_and_values(hidden_states, key_value_states, past_key_values, cache_position)
-        if position_bias is None and self.has_relative_attention_bias:
+        if makes_bias:
             length = int(cache_position[-1]) + 1 if length is None else length
             position_bias = self.compute_bias(length, keys.shape[2], device=query.device, **place)[:, :, -seqlen:]
         self._attends_over_encoder = key_value_states is not None

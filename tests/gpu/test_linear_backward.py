@@ -10,7 +10,6 @@ from attention_rule import check, int32, make_qkv, poison_freed_memory, run, see
 from served_kernels import ON_HOPPER, kernels_of
 
 pytestmark = pytest.mark.gpu
-DROPOUT = {"dropout_p": 0.1}
 
 
 def terms(kind, dtype, heads, rows, cols) -> dict:
@@ -22,7 +21,7 @@ def terms(kind, dtype, heads, rows, cols) -> dict:
     if "alibi" in kind:
         options["alibi_slopes"] = torch.rand(heads, device="cuda") / 8
     if "dropped" in kind:
-        options |= DROPOUT | {"dropout_seed": seed_tensor(3, "cuda")}
+        options |= {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}
     return options
 
 
