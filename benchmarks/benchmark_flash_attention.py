@@ -4,10 +4,11 @@
     python benchmarks/benchmark_flash_attention.py --sections peers      # one section
 
 Sections: ``peers`` (16k tokens, hidden size 2048, lengths 512 to 16384), ``short`` (128 to 1024 in CUDA graphs),
-``d256``, ``dropout``, ``padding`` (mask and dropout, what BERT trains with), ``packed`` (ragged lengths), ``bias``
-(T5's, with gradient), ``extras`` (one term of the score at a time against our plain cell), ``arch`` (the mma.sync
-kernels, HF_FLASH_ARCH=sm80, beside what the GPU chooses), ``standard`` (against standard attention, 128 to 65536, drawn
-into two plots) and ``host`` (host time of one small call). Times are medians of rounds in which the peers take turns.
+``d256``, ``grouped`` (heads of q that share one of k), ``dropout``, ``padding`` (mask and dropout, what BERT trains
+with), ``packed`` (ragged lengths), ``bias`` (T5's, with gradient), ``extras`` (one term of the score at a time against
+our plain cell), ``arch`` (the mma.sync kernels, HF_FLASH_ARCH=sm80, beside what the GPU chooses), ``standard`` (against
+standard attention, 128 to 65536, drawn into two plots) and ``host`` (host time of one small call). Times are medians of
+rounds in which the peers take turns.
 At the end the rows are held against the goals of ``goals.py``.
 """
 

@@ -10,7 +10,8 @@ import torch
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # 16384 tokens of a packed batch, from one short text to one long document; most lengths divide by nothing.
 RAGGED = (4096, 277, 3001, 523, 2111, 1013, 1531, 769, 631, 384, 2048)
-SECTIONS = ("peers", "short", "d256", "dropout", "padding", "packed", "bias", "extras", "arch", "standard")
+SECTIONS = ("peers", "short", "d256", "grouped", "dropout", "padding", "packed", "bias", "extras", "arch", "standard")
+GROUPED = {"4 heads share": 4, "8 heads share": 8}  # heads of q for one of k
 
 
 @dataclass
@@ -18,8 +19,8 @@ class Case:
     """One cell: shapes, what is in the score, and the tensors once :meth:`build` made them.
 
     terms, any of: "padding" (lengths from S/2 to S), "packed" (one row of RAGGED sequences), "bias" ((1, H, S, S) with
-    gradient), "fixed bias" (without), "alibi", "deterministic" (backward), "graph" (timed inside a CUDA graph, so that
-    host time does not count).
+    gradient), "fixed bias" (without), "alibi", "deterministic" (backward), "4 heads share" and "8 heads share" (one of
+    k), "graph" (timed inside a CUDA graph, so that host time does not count).
     """
 
     section: str
@@ -39,6 +40,10 @@ class Case:
         return ("causal",) * self.causal + ("dropout",) * (self.dropout > 0) + self.terms
 
     @property
+    def heads_k(self) -> int:
+        return self.H // max([GROUPED.get(term, 1) for term in self.terms], default=1)
+
+    @property
     def variant(self) -> str:
         return "+".join(self.uses) or "plain"
 
@@ -55,7 +60,8 @@ class Case:
         def draw(*size):
             return torch.randn(*size, device="cuda", dtype=self.dtype, generator=generator)
 
-        self.q, self.k, self.v = (draw(*rows, self.H, self.D).requires_grad_() for _ in range(3))
+        heads = (self.H, self.heads_k, self.heads_k)
+        self.q, self.k, self.v = (draw(*rows, h, self.D).requires_grad_() for h in heads)
         self.dout = draw(*rows, self.H, self.D)
         self.inputs = (self.q, self.k, self.v)
         if "padding" in self.terms:
@@ -101,6 +107,16 @@ def grid(section: str, lengths, head_dims=(64, 128), terms=()) -> list[Case]:
     ]
 
 
+def grouped(section: str) -> list[Case]:
+    """What Llama 3 and Qwen 2.5 train with: four or eight heads of q share one of k."""
+    cells = [(128, term, s) for term in GROUPED for s in (2048, 8192)] + [(64, "4 heads share", 2048)]
+    return [
+        Case(section, 16384 // s, s, 2048 // d, d, torch.bfloat16, causal=causal, terms=(term,))
+        for d, term, s in cells
+        for causal in (False, True)
+    ]
+
+
 def bert(section: str, lengths, dropout=0.1, terms=(), causal=False) -> list[Case]:
     """What BERT and GPT-2 train with: float16, batch 8, 12 heads of 64."""
     return [Case(section, 8, s, 12, 64, torch.float16, causal, dropout, terms) for s in lengths]
@@ -132,14 +148,16 @@ def cases_of(section: str) -> list[Case]:
         return grid(section, (128, 256, 384, 512, 1024), terms=("graph",))
     if section == "d256":
         return grid(section, LENGTHS[2:], head_dims=(256,))
+    if section == "grouped":
+        return grouped(section)
     if section == "dropout":
-        return bert(section, LENGTHS[:1], terms=("graph",)) + bert(section, LENGTHS)
+        return bert(section, LENGTHS[:2], terms=("graph",)) + bert(section, LENGTHS)
     if section == "padding":
-        return bert(section, LENGTHS[:1], terms=("padding", "graph")) + bert(section, LENGTHS, terms=("padding",))
+        return bert(section, LENGTHS[:2], terms=("padding", "graph")) + bert(section, LENGTHS, terms=("padding",))
     if section == "packed":
         return packed(section)
     if section == "bias":
-        cells = bert(section, LENGTHS[:1], dropout=0.0, terms=("bias", "graph"))
+        cells = bert(section, LENGTHS[:2], dropout=0.0, terms=("bias", "graph"))
         cells += bert(section, LENGTHS[:4], dropout=0.0, terms=("bias",))
         return cells + bert(section, LENGTHS[:3], terms=("bias",))  # what T5 trains with
     if section == "extras":

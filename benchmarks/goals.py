@@ -71,6 +71,8 @@ def head_dim(d: int) -> Callable[[dict], bool]:
 HOPPER = (
     Goal("16k tokens, against the best of cuDNN, FlashAttention 3 and 4", "peers", "forward", BEST, 0.95, 1.05, 1.0),
     Goal("16k tokens, against the best of cuDNN, FlashAttention 3 and 4", "peers", "backward", BEST, 0.95, 1.08, 1.0),
+    Goal("shared heads, against cuDNN, FlashAttention 3 and 4", "grouped", "forward", BEST, 0.95, 1.05, 1.0),
+    Goal("shared heads, against cuDNN, FlashAttention 3 and 4", "grouped", "backward", BEST, 0.95, 1.08, 1.0),
     Goal("D 256", "d256", "forward", "rate", 600, 750, cells=lambda row: not row["causal"]),
     Goal("D 256, causal", "d256", "forward", "rate", 540, 640, cells=lambda row: row["causal"]),
     Goal("D 256", "d256", "backward", "rate", 400, 500),

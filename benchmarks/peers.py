@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from cases import RAGGED, Case
+from cases import GROUPED, RAGGED, Case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # What a peer cannot compute, by the term of a case, in the words that the report prints.
@@ -18,6 +18,7 @@ NO_DROPOUT = {"dropout": "has no dropout"}
 NO_MASK = {"padding": "takes no mask"}
 NO_BIAS = {"bias": "takes no bias", "fixed bias": "takes no bias", "alibi": "has no ALiBi"}
 NOT_PACKED = {"packed": "takes no packed batch"}
+NOT_SHARED = dict.fromkeys(GROUPED, "takes as many heads of k as of q")
 NO_CHOICE = {"deterministic": "has no deterministic mode to choose"}
 
 
@@ -70,7 +71,8 @@ def _sdpa(backend: SDPBackend | None):
             bias = mask
             if "bias" in case.terms or "fixed bias" in case.terms:
                 bias = case.bias.expand(case.B, -1, -1, -1)  # a view; mem-efficient takes no size 1 for B
-            out = F.scaled_dot_product_attention(q, k, v, bias, case.dropout, is_causal=case.causal)
+            shared = case.heads_k < case.H
+            out = F.scaled_dot_product_attention(q, k, v, bias, case.dropout, is_causal=case.causal, enable_gqa=shared)
             return out.transpose(1, 2)
 
         def call():
@@ -179,11 +181,11 @@ def all_peers(flex: bool = True) -> tuple[list[Peer], dict[str, str]]:
         Peer(
             "mem-efficient (torch)",
             _sdpa(SDPBackend.EFFICIENT_ATTENTION),
-            NOT_PACKED | NO_CHOICE | {"alibi": "has no ALiBi"},
+            NOT_PACKED | NOT_SHARED | NO_CHOICE | {"alibi": "has no ALiBi"},
         ),
         Peer("cuDNN (torch)", _sdpa(SDPBackend.CUDNN_ATTENTION), cudnn_lacks),
         Peer("sdpa (dispatch)", _sdpa(None), sections=("padding",)),
-        Peer("standard", _standard, NOT_PACKED | NO_CHOICE | {"alibi": "has no ALiBi"}),
+        Peer("standard", _standard, NOT_PACKED | NOT_SHARED | NO_CHOICE | {"alibi": "has no ALiBi"}),
     ]
     missing = {}
     if flex:

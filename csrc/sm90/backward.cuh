@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if constexpr (Traits::kRelays) {
         relay_dq(p, shared);
       } else {
-        add_dq(p, accumulator, grid.rotates, shared);
+        add_dq(p, accumulator, grid, shared);
       }
     }
   } else {
@@ -175,7 +175,7 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_backward(const AttentionParams& p, cudaStream_t stream) {
   const BackwardGrid grid(p, HEAD_DIM, multiprocessor_count());
-  if constexpr (TERMS == Terms::kNone && relayed_keys(HEAD_DIM, DROPOUT, false) > 0) {
+  if constexpr (TERMS == Terms::kNone && relayed_keys(HEAD_DIM, DROPOUT, false, 1) > 0) {
     constexpr int kQueries = backward_config(HEAD_DIM, Terms::kNone).queries;
     if (grid.relays())
       return run_backward<BackwardTraits<T, HEAD_DIM, DROPOUT, TERMS, kQueries, true>>(p, grid, stream);

@@ -98,15 +98,18 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     plan.begin = seen.begin / Traits::kQueries * Traits::kQueries;
     plan.end = seen.empty() ? plan.begin : (seen.end + Traits::kQueries - 1) / Traits::kQueries * Traits::kQueries;
     plan.first_head = work.head * group;
-    plan.end_head = plan.first_head + group;
-    const int first_tile = sequence.key_begin / Traits::kKeys, tiles = (plan.end - plan.begin) / Traits::kQueries;
+    plan.heads = group;
+    plan.heads_first = grid.heads_first;
+    const int first_tile = sequence.key_begin / Traits::kKeys;
     plan.turn = work.tile - first_tile;
     plan.turns = max(1, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first_tile);
-    // At the last query tile of the last head, or, spread, each key tile of a head somewhere else: so few or, where all
-    // see the same queries and run side by side, none waits for another's addition. In that case the last steps, down
-    // to where the next turn started, meet queries that all others have been at.
-    const int steps = group * tiles, start = grid.spreads ? plan.turn * steps / plan.turns : steps - 1;
-    plan.finishing = grid.finishes_dq ? (plan.turn + 1) * steps / plan.turns - start : 0;
+    // At the last step or, spread, each key tile of a head somewhere else: so few or, where all see the same queries
+    // and run side by side, none waits for another's addition. In that case the last steps, down to where the next turn
+    // started, meet queries that all others have been at.
+    const int steps = group * ((plan.end - plan.begin) / Traits::kQueries);
+    const int reach = min(steps, grid.reach), start = grid.spreads ? plan.turn * reach / plan.turns : steps - 1;
+    const int next_start = plan.turn + 1 < plan.turns ? (plan.turn + 1) * reach / plan.turns : steps;
+    plan.finishing = grid.finishes_dq ? next_start - start : 0;
     plan.start = start;
     plan.steps = steps;
     plan.shared = 0;

@@ -14,7 +14,8 @@ namespace hf_flash::sm90 {
 struct BackwardPlan {
   int j0, kv_head;  // j0 = -1: there is no more
   int begin, end;   // queries, multiples of the tile
-  int first_head, end_head;
+  int first_head;
+  uint32_t heads : 31, heads_first : 1;   // of q; do the steps go through all of them before the next query tile?
   int start, steps;                       // number of the first step, counted from the lowest queries of the first head
   int shared;                             // with another CTA, see below
   int turn, turns;                        // among the key tiles that some query sees, of which there are `turns`
@@ -29,11 +30,6 @@ struct BackwardPlan {
   __device__ bool gives() const { return shared < 0; }
   __device__ bool takes() const { return shared > 0; }
   __device__ int place() const { return abs(shared) - 1; }
-  // Of queries, of one head.
-  template <int QUERIES>
-  __device__ int tiles() const {
-    return (end - begin) / QUERIES;
-  }
   // The queries that see all of the 64 keys of a warpgroup.
   __device__ KeyRange queries_of_all(const AttentionParams& p, int warpgroup) const {
     const int from = j0 + 64 * warpgroup, to = from + 64;
@@ -52,27 +48,45 @@ __device__ __forceinline__ PersistentSchedule::Span seen_tiles(const Sequence& s
   return {first, (sequence.key_end + Traits::kKeys - 1) / Traits::kKeys - first};
 }
 
-// The steps of a piece of work go down from its start, head by head, and round to the start again: under a causal mask
-// or a window the key tiles of a head then come to a query tile in the order of their numbers.
+// The steps of a piece of work go down from its start, head by head or query tile by query tile, and round to the start
+// again: under a causal mask or a window the key tiles of a head then come to a query tile in the order of their
+// numbers.
 template <int QUERIES>
 struct StepWalk {
   const BackwardPlan& plan;
+  const bool heads_first;  // read once: a step should not wait for it
   int head, i0, left;
 
-  __device__ explicit StepWalk(const BackwardPlan& plan)
-      : plan(plan),
-        head(plan.first_head + plan.start / plan.tiles<QUERIES>()),
-        i0(plan.begin + plan.start % plan.tiles<QUERIES>() * QUERIES),
-        left(plan.steps) {}
+  __device__ explicit StepWalk(const BackwardPlan& plan) : plan(plan), heads_first(plan.heads_first), left(plan.steps) {
+    const int count = heads_first ? plan.heads : (plan.end - plan.begin) / QUERIES;
+    const int outer = plan.start / count, inner = plan.start % count;
+    head = plan.first_head + (heads_first ? inner : outer);
+    i0 = plan.begin + (heads_first ? outer : inner) * QUERIES;
+  }
   __device__ bool exists() const { return left > 0; }
   __device__ bool last() const { return left == 1; }
   __device__ void next() {
     --left;
-    i0 -= QUERIES;
-    if (i0 < plan.begin) {
-      i0 = plan.end - QUERIES;
-      head = head > plan.first_head ? head - 1 : plan.end_head - 1;
+    if (!heads_first) {
+      if (lower_queries()) lower_head();
+    } else {
+      if (lower_head()) lower_queries();
     }
+  }
+
+ private:
+  // Returns whether it goes round, to the highest.
+  __device__ bool lower_queries() {
+    i0 -= QUERIES;
+    const bool round = i0 < plan.begin;
+    if (round) i0 = plan.end - QUERIES;
+    return round;
+  }
+  __device__ bool lower_head() {
+    --head;
+    const bool round = head < plan.first_head;
+    if (round) head += plan.heads;
+    return round;
   }
 };
 
@@ -85,10 +99,7 @@ struct RelayWalk {
   int head, i0, round, left;  // round: the first of these query tiles
 
   __device__ explicit RelayWalk(const BackwardPlan& plan)
-      : plan(plan),
-        head(plan.first_head),
-        round(plan.begin),
-        left((plan.end_head - plan.first_head) * ((plan.end - plan.begin) / QUERIES)) {
+      : plan(plan), head(plan.first_head), round(plan.begin), left(plan.heads * ((plan.end - plan.begin) / QUERIES)) {
     i0 = start();
   }
   __device__ bool exists() const { return left > 0; }

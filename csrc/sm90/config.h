@@ -95,11 +95,12 @@ constexpr int kFinishedKeys = 512;
 // no float32 of dQ sees global memory. All calls with their row sums, S 256 / 384 / 512: D 64 +25, 4, 3 %, dropout +6,
 // -3, -4 %; D 128 +20, 10, 7 %. At S 1024 they lose 6 %; that the network between the SMs, through which a step moves
 // 32 KB, is what binds then is a guess. Ragged sequences leave CTAs of a cluster idle: 256 +2 to +5, 384 and 512 -4 to
-// -7 %. D 128 with dropout gains 16, 6 and 1 % but spills.
+// -7 %. D 128 with dropout gains 16, 6 and 1 % but spills. group: heads of q for one of k; with 4 and 8 S 256 gains 13
+// to 24 %, but 512 loses 6 and 19 % at D 128, -1 and 7 at D 64.
 constexpr int kMaxCluster = 4;
-constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
+constexpr int relayed_keys(int head_dim, bool dropout, bool ragged, int group) {
   if (head_dim > 128 || (head_dim > 64 && dropout)) return 0;
-  return ragged || dropout ? 256 : 128 * kMaxCluster;
+  return ragged || dropout || group >= 4 ? 256 : 128 * kMaxCluster;
 }
 
 // Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys. It
@@ -108,6 +109,10 @@ constexpr int relayed_keys(int head_dim, bool dropout, bool ragged) {
 // 4096 +1 to +4, causal +2 to +6, 8192 and 16384 0 to +1; tall tiles 1024 +1 and +15, 2048 -1 and -1, 4096 -2 and -1,
 // 8192 -3 and -5.
 constexpr int stored_keys(bool tall) { return tall ? 1536 : 4096; }
+
+// Q, dO and dQ's float32 sums that stay in the L2 cache beside what passes through it (backward_grid.h). D 128, S 1024
+// with 4 and 8 heads of q for one of k: 20 MB instead of 32 +1 to +3 %, 12 and 6 -4 to +1 %.
+constexpr int64_t kCachedBytes = 20 << 20;
 
 // From so many queries on CTAs share the last pieces of work (attention/divided_work.h): S 2048 0 to 2 %, 4096 to 16384
 // +1 to +3 %; 1024 and 1536 -1 to 0 %, for which handing the sums over takes too long.

@@ -19,15 +19,18 @@ __device__ __forceinline__ int dq_bytes(const Sequence& sequence, int i0) {
 // starts there, or the next above.
 template <class Traits>
 __device__ __forceinline__ int turn_of(const AttentionParams& p, const BackwardPlan& plan, int head, int i0,
-                                       bool rotates) {
+                                       const BackwardGrid& grid) {
   const Sequence& sequence = plan.sequence;
-  if (!rotates) {
+  if (!grid.rotates) {
     const int begin = max(i0, sequence.query_begin), end = min(i0 + Traits::kQueries, sequence.query_end);
     return plan.j0 / Traits::kKeys - sequence.keys_of(p, begin, end).begin / Traits::kKeys;
   }
-  const int tiles = (plan.end - plan.begin) / Traits::kQueries, steps = (plan.end_head - plan.first_head) * tiles;
-  const int step = (head - plan.first_head) * tiles + (i0 - plan.begin) / Traits::kQueries;
-  const int first = (step * plan.turns + steps - 1) / steps;  // smallest turn that starts at `step` or above
+  const int tiles = (plan.end - plan.begin) / Traits::kQueries, heads = plan.heads;
+  const int tile = (i0 - plan.begin) / Traits::kQueries, number = head - plan.first_head;
+  const int step = plan.heads_first ? tile * heads + number : number * tiles + tile;
+  const int reach = min(heads * tiles, grid.reach);
+  const int above = (step * plan.turns + reach - 1) / reach;  // smallest turn that starts at `step` or above
+  const int first = above < plan.turns ? above : 0;
   return plan.turn - first + (plan.turn < first ? plan.turns : 0);
 }
 
@@ -79,7 +82,7 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
 // first to come stores, where nobody has zeroed the accumulator.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
-                                       bool rotates, const BackwardShared<Traits>& shared) {
+                                       const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
   wait_for_kernel_before();  // which may have zeroed the accumulator
   uint32_t step = 0;
@@ -120,7 +123,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
       shared.wait_for_dq(step);
       bool stores = false;
       if (accumulator.ordered) {
-        const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, rotates);
+        const int turn = turn_of<Traits>(p, plan, walk.head, walk.i0, grid);
         while (load_acquire(counter) < turn) {
         }
         arrived = counter;

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       case 2: copy_row_values(p, shared); break;
       default:
         if (owns_dv) {
-          add_dq_slices(p, accumulator, grid.rotates, shared);
+          add_dq_slices(p, accumulator, grid, shared);
         } else {
           send_ds(shared);
         }

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       case 0: copy_wide_tiles(p, maps, shared); break;
       case 1: make_plans(p, schedule, grid, shared); break;
       case 2: copy_row_values(p, shared); break;
-      default: add_dq_slices(p, accumulator, grid.rotates, shared);
+      default: add_dq_slices(p, accumulator, grid, shared);
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

@@ -104,7 +104,7 @@ __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const 
 // of 4 KB each, read one after the other, had it bind.
 template <class Traits>
 __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const SlicedDqAccumulator& accumulator,
-                                              bool rotates, const BackwardShared<Traits>& shared) {
+                                              const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   using Slices = typename Traits::Slices;
   if (!elect_one()) return;
   wait_for_kernel_before();  // which zeroed the accumulator
@@ -152,7 +152,7 @@ __device__ __forceinline__ void add_dq_slices(const AttentionParams& p, const Sl
       if (exists) {
         const BackwardPlan& plan = shared.plan(at.plan);
         if (accumulator.ordered) turn = accumulator.counter(plan.sequence, plan.batch(), at.head, at.i0);
-        if (asks && load_acquire(turn) >= turn_of<Traits>(p, plan, at.head, at.i0, rotates)) {
+        if (asks && load_acquire(turn) >= turn_of<Traits>(p, plan, at.head, at.i0, grid)) {
           fence_async_proxy_global();
           ++begun;
         }

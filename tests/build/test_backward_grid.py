@@ -14,10 +14,13 @@ PROGRAM = """#include "sm90/backward_grid.h"
 #include <cstdlib>
 int main(int, char** x) {
   hf_flash::AttentionParams p{};
-  p.heads_q = p.heads_k = 12;
+  p.heads_q = 12;
+  p.heads_k = 12 / std::atoi(x[8]);
   p.batch = 8;
   p.seqlen_q = std::atoi(x[1]);
   p.seqlen_k = std::atoi(x[2]);
+  p.total_q = p.batch * p.seqlen_q;
+  p.head_dim = p.head_dim_v = std::atoi(x[5]);
   p.window_left = -1;
   p.window_right = std::atoi(x[3]);
   p.deterministic = std::atoi(x[4]);
@@ -26,24 +29,30 @@ int main(int, char** x) {
   int32_t range = 0;
   if (std::atoi(x[7])) p.key_range = &range;
   const hf_flash::sm90::BackwardGrid grid(p, std::atoi(x[5]), 132);
-  std::printf("%d %d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
-              grid.tall, grid.cluster, grid.team);
+  if (std::atoi(x[9])) {
+    std::printf("%d %d %d %d", grid.heads_first, grid.spreads, grid.reach, grid.divided.ctas > 0);
+  } else {
+    std::printf("%d %d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
+                grid.tall, grid.cluster, grid.team);
+  }
 }
 """
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256, ranges=False) on 132 SMs.
+    """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256, ranges=False, group=1, order=False)
+    on 132 SMs, batch 8, 12 heads of q.
 
-    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster, team.
+    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster, team; or, with order, heads_first,
+    spreads, reach and whether pieces of work are divided.
     """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
     subprocess.run([CXX, "-std=c++17", f"-I{CSRC}", folder / "grid.cpp", "-o", folder / "grid"], check=True)
 
-    def ask(*arguments, keep=256, ranges=False):
-        words = [str(int(x)) for x in (*arguments, keep, ranges)]
+    def ask(*arguments, keep=256, ranges=False, group=1, order=False):
+        words = [str(int(x)) for x in (*arguments, keep, ranges, group, order)]
         return tuple(map(int, subprocess.check_output([folder / "grid", *words], text=True).split()))
 
     return ask
@@ -109,6 +118,20 @@ def test_two_ctas_share_the_keys_of_heads_over_128(grid):
     assert grid(100, 65, 0, False, 256)[0] == 132
     assert grid(400, 300, -1, True, 256)[:2] == (132, 1)  # three tiles, and 22 heads at once
     assert grid(1200, 1100, -1, True, 256)[:2] == (126, 1)  # nine, and seven
+
+
+def test_heads_that_share_one_of_k_stay_within_reach(grid):
+    far = 2**31 - 1
+    assert grid(2100, 2100, -1, False, 64, group=1, order=True) == (0, 1, far, 1)
+    assert grid(2100, 2100, -1, False, 64, group=2, order=True) == (1, 1, far, 1)  # the L2 cache holds two heads
+    assert grid(2100, 2100, -1, False, 64, group=12, order=True) == (1, 1, 40, 0)
+    assert grid(2048, 2048, -1, False, 128, group=4, order=True) == (1, 0, 32, 0)
+    assert grid(2048, 2048, -1, True, 128, group=4, order=True) == (1, 1, 32, 0)
+    assert grid(512, 500, -1, False, 64, keep=230, group=4, order=True) == (1, 1, 13, 0)
+    assert grid(1024, 1024, 0, False, 64, group=4, order=True)[:2] == (0, 0)  # a causal mask
+    assert grid(1024, 1024, 0, True, 64, group=4, order=True)[:2] == (1, 0)
+    assert [grid(s, s, -1, False, 128, group=4)[6] for s in (256, 257)] == [2, 0]
+    assert grid(512, 512, -1, False, 128, group=2)[6] == 4
 
 
 def test_nothing_to_do(grid):

@@ -98,6 +98,14 @@ def test_neighbours_have_tiles_of_one_head(deal):
             assert len({piece[1:] for piece in pieces}) == 1
 
 
+def test_long_tiles_are_shared_out_where_rounds_have_empty_places(deal):
+    """128 tiles a section on 132 CTAs: always the same ones with no place in a round would have the longest alone."""
+    for tiles, heads, widest in ((128, 16, 1), (16, 128, 8), (8, 256, 16), (4, 512, 64)):
+        work = deal(tiles, heads, 1, 132, widest=widest, first_is_longest=True)
+        length = [sum(1.6 * (tiles - tile) + 1 for tile, *_ in pieces) for pieces in work]
+        assert max(length) <= 1.035 * sum(length) / 132
+
+
 def test_the_longest_come_first(deal):
     for first_is_longest in (False, True):
         work = deal(8, 4, 1, 16, widest=4, first_is_longest=first_is_longest)
