@@ -11,7 +11,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # 16384 tokens of a packed batch, from one short text to one long document; most lengths divide by nothing.
 RAGGED = (4096, 277, 3001, 523, 2111, 1013, 1531, 769, 631, 384, 2048)
 SECTIONS = ("peers", "short", "d256", "grouped", "dropout", "padding", "packed", "bias", "extras", "arch", "standard")
-GROUPED = {"4 heads share": 4, "8 heads share": 8}  # heads of q for one of k
+GROUPED = {f"{n} heads share": n for n in (4, 7, 8)}  # heads of q for one of k
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Case:
     """One cell: shapes, what is in the score, and the tensors once :meth:`build` made them.
 
     terms, any of: "padding" (lengths from S/2 to S), "packed" (one row of RAGGED sequences), "bias" ((1, H, S, S) with
-    gradient), "fixed bias" (without), "alibi", "deterministic" (backward), "4 heads share" and "8 heads share" (one of
-    k), "graph" (timed inside a CUDA graph, so that host time does not count).
+    gradient), "fixed bias" (without), "alibi", "deterministic" (backward), "4 heads share" (one of k) and others of
+    GROUPED, "graph" (timed inside a CUDA graph, so that host time does not count).
     """
 
     section: str
@@ -108,12 +108,13 @@ def grid(section: str, lengths, head_dims=(64, 128), terms=()) -> list[Case]:
 
 
 def grouped(section: str) -> list[Case]:
-    """What Llama 3 and Qwen 2.5 train with: four or eight heads of q share one of k."""
-    cells = [(128, term, s) for term in GROUPED for s in (2048, 8192)] + [(64, "4 heads share", 2048)]
+    """Four or eight heads of q share one of k; then batches of few heads of k: Qwen 2.5 7B and 0.5B, Gemma 2B."""
+    cells = [(128, n, s) for n in (4, 8) for s in (2048, 8192)] + [(64, 4, 2048)]
+    shapes = [(16384 // s, s, 2048 // d, d, n, causal) for d, n, s in cells for causal in (False, True)]
+    shapes += [(1, 4096, 28, 128, 7, True), (2, 4096, 14, 64, 7, True), (2, 4096, 8, 256, 8, True)]
     return [
-        Case(section, 16384 // s, s, 2048 // d, d, torch.bfloat16, causal=causal, terms=(term,))
-        for d, term, s in cells
-        for causal in (False, True)
+        Case(section, b, s, h, d, torch.bfloat16, causal, terms=(f"{n} heads share",))
+        for b, s, h, d, n, causal in shapes
     ]
 
 

@@ -5,10 +5,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/key_head_parts.h"
 #include "dispatch.h"
 #include "instructions/element.cuh"
 #include "portable/cuda_call.h"
 #include "portable/portable.h"
+#include "sm80/backward_config.h"
 #include "sm80/instances.h"
 #include "sm90/backward_grid.h"
 #include "sm90/forward_tiles.h"
@@ -163,14 +165,47 @@ static int hopper_head_dim(const AttentionParams& p) {
   return sm90::backward_head_dim(std::max(p.head_dim, p.head_dim_v));
 }
 
-int64_t backward_workspace(const AttentionParams& p) {
-  const int hopper = hopper_head_dim(p);
+// The call that the kernels get: perhaps one of more heads of k, parts of p's, whose dk and dv lie in the workspace
+// behind what dq is summed in.
+static AttentionParams split_key_heads(const AttentionParams& p, int hopper) {
+  int keys = 0, ctas = multiprocessor_count();
+  if (hopper > 0) {
+    const int team = sm90::pairs_ctas(hopper, p.drops(), p.has_extras()) ? 2 : 1;
+    keys = team * sm90::backward_keys(hopper);
+    ctas /= team;
+  } else {
+    const auto config = sm80::backward_config(head_dim_of(p), p.has_extras(), compute_capability_major() == 9);
+    keys = config.keys;
+    ctas *= config.blocks_per_sm;
+  }
+  AttentionParams parts = p;
+  parts.key_head_parts = key_head_parts(p, keys, ctas);
+  parts.heads_k *= parts.key_head_parts;
+  return parts;
+}
+static int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+static int64_t bytes_of_dk(const AttentionParams& p) { return aligned(p.total_k * p.heads_k * p.head_dim * 2); }
+static int64_t bytes_of_dv(const AttentionParams& p) { return aligned(p.total_k * p.heads_k * p.head_dim_v * 2); }
+static Rows parts_at(void* data, const AttentionParams& p, int64_t dim) {
+  const int64_t row = p.heads_k * dim;
+  return {data, p.packed() ? 0 : p.seqlen_k * row, row, dim};
+}
+
+// What dq is summed in.
+static int64_t accumulator_bytes(const AttentionParams& p, int hopper) {
   if (hopper == 0) return DqAccumulator(p, nullptr, head_dim_of(p)).bytes(p);
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
   if (grid.relays()) return 0;
   // stores_first in place of the rows that are stored first: how many they are does not change the size.
   if (grid.tall) return TallDqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
   return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
+}
+
+int64_t backward_workspace(const AttentionParams& p) {
+  const int hopper = hopper_head_dim(p);
+  const AttentionParams parts = split_key_heads(p, hopper);
+  const int64_t own = accumulator_bytes(parts, hopper);
+  return parts.key_head_parts == 1 ? own : aligned(own) + bytes_of_dk(parts) + bytes_of_dv(parts);
 }
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
@@ -184,16 +219,24 @@ static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   });
 }
 
-void backward(const AttentionParams& p, void* stream) {
+void backward(const AttentionParams& whole, void* stream) {
+  const int hopper = hopper_head_dim(whole);
+  AttentionParams p = split_key_heads(whole, hopper);
+  if (p.key_head_parts > 1) {
+    char* const behind = static_cast<char*>(p.workspace) + aligned(accumulator_bytes(p, hopper));
+    p.dk = parts_at(behind, p, p.head_dim);
+    p.dv = parts_at(behind + bytes_of_dk(p), p, p.head_dim_v);
+  }
   if (p.packed()) portable::fill_gaps_backward(p, native(stream));
-  switch (hopper_head_dim(p)) {
+  switch (hopper) {
     case 64: with_variant<64>(p, Sm90Backward{{p, native(stream)}}); break;
     case 128: with_variant<128>(p, Sm90Backward{{p, native(stream)}}); break;
     case 192: with_variant<192>(p, Sm90WideBackward{{p, native(stream)}}); break;
     case 256: with_variant<256>(p, Sm90WideBackward{{p, native(stream)}}); break;
     default: with_instance(p, Sm80Backward{{{p, native(stream)}}});
   }
-  if (p.dbias_sums) bias_gradient(p, native(stream));
+  if (p.key_head_parts > 1) portable::add_key_head_parts(p, whole, native(stream));
+  if (p.dbias_sums) bias_gradient(whole, native(stream));
 }
 
 void key_ranges(const AttentionParams& p, int32_t* ranges, void* stream) {

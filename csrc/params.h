@@ -88,6 +88,7 @@ struct AttentionParams {
   void* dsink = nullptr;      // (Hq) float32 (float64 for float64), zeroed; null when not asked for
   void* workspace = nullptr;  // as many bytes as the architecture's backward_workspace() asked for
   bool deterministic = false;
+  int32_t key_head_parts = 1;  // so many neighbours among heads_k share k and v (attention/key_head_parts.h)
 
   // A mask of keys alone is no term of the score for kernels that look at it where they look at the ranges: at the edge
   // of what is visible. Its strides stay in mask.

@@ -98,9 +98,10 @@ struct BackwardCta {
   }
 
   __device__ void load_keys() const {
-    const TileCopy<KeyTile, Traits::kThreads> k(head_of(p.k, sequence.first_k, kv_head), p.k.row, p.head_dim);
+    const int head = kv_head / p.key_head_parts;
+    const TileCopy<KeyTile, Traits::kThreads> k(head_of(p.k, sequence.first_k, head), p.k.row, p.head_dim);
     k.start_load(shared, j0, sequence.key_begin, sequence.key_end);
-    const TileCopy<KeyTile, Traits::kThreads> v(head_of(p.v, sequence.first_k, kv_head), p.v.row, p.head_dim_v);
+    const TileCopy<KeyTile, Traits::kThreads> v(head_of(p.v, sequence.first_k, head), p.v.row, p.head_dim_v);
     v.start_load(shared + Traits::kV, j0, sequence.key_begin, sequence.key_end);
   }
 

@@ -258,8 +258,9 @@ struct BackwardMaps {
     const int64_t rows_q = p.packed() ? p.total_q : p.seqlen_q, rows_k = p.packed() ? p.total_k : p.seqlen_k;
     q = tensor_map(p.q, p.dtype, batch, rows_q, p.heads_q, p.head_dim, queries);
     dout = tensor_map(p.dout, p.dtype, batch, rows_q, p.heads_q, p.head_dim_v, queries);
-    k = tensor_map(p.k, p.dtype, batch, rows_k, p.heads_k, p.head_dim, keys);
-    v = tensor_map(p.v, p.dtype, batch, rows_k, p.heads_k, p.head_dim_v, keys);
+    const int32_t heads_k = p.heads_k / p.key_head_parts;
+    k = tensor_map(p.k, p.dtype, batch, rows_k, heads_k, p.head_dim, keys);
+    v = tensor_map(p.v, p.dtype, batch, rows_k, heads_k, p.head_dim_v, keys);
     if (terms.copies_bias) bias = bias_map(p, score_rows);
   }
 };

@@ -112,7 +112,8 @@ __device__ __forceinline__ void copy_tiles(const AttentionParams& p, const Backw
       __syncwarp();  // a lane that came late could find the phase over twice
       if (leader) {
         mbarrier_arrive_expect_bytes(barrier, KeyTile::kBytes);
-        load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head),
+        load_tile<KeyTile>(tile, map, barrier, plan.sequence.first_k + plan.j0,
+                           coordinate_of(rows.head, plan.kv_head / p.key_head_parts),
                            coordinate_of(rows.batch, plan.batch()));
       }
       if (dirty) {

@@ -12,7 +12,7 @@ namespace hf_flash::sm90 {
 template <class Traits>
 __device__ __forceinline__ void copy_paired_tiles(const AttentionParams& p, const BackwardMaps& maps, bool owns_dv,
                                                   const BackwardShared<Traits>& shared) {
-  TileCopier<Traits> copier{shared};
+  TileCopier<Traits> copier{p, shared};
   const Role role = owns_dv ? Role::kDv : Role::kDk;
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {

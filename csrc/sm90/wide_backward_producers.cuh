@@ -12,6 +12,7 @@ namespace hf_flash::sm90 {
 // hear of them: 0 * NaN.
 template <class Traits>
 struct TileCopier {
+  const AttentionParams& p;
   const BackwardShared<Traits>& shared;
   const bool leader = elect_one();
   uint32_t landed_parity = 0;
@@ -21,9 +22,9 @@ struct TileCopier {
                                             const Rows& rows, uint32_t full) {
     const Sequence& sequence = plan.sequence;
     const bool dirty = plan.j0 < sequence.key_begin || plan.j0 + Traits::kKeys > plan.zero_keys_from;
-    load<typename Traits::KeyTile>(tile, map, full, dirty, sequence.first_k + plan.j0,
-                                   coordinate_of(rows.head, plan.kv_head), coordinate_of(rows.batch, plan.batch()),
-                                   sequence.key_begin - plan.j0, sequence.key_end - plan.j0);
+    load<typename Traits::KeyTile>(
+        tile, map, full, dirty, sequence.first_k + plan.j0, coordinate_of(rows.head, plan.kv_head / p.key_head_parts),
+        coordinate_of(rows.batch, plan.batch()), sequence.key_begin - plan.j0, sequence.key_end - plan.j0);
   }
   // The queries of a step, of Q or dO.
   __device__ __forceinline__ void load_queries(const BackwardPlan& plan, int head, int i0, uint32_t tile,
@@ -61,7 +62,7 @@ struct TileCopier {
 template <class Traits>
 __device__ __forceinline__ void copy_wide_tiles(const AttentionParams& p, const BackwardMaps& maps,
                                                 const BackwardShared<Traits>& shared) {
-  TileCopier<Traits> copier{shared};
+  TileCopier<Traits> copier{p, shared};
   uint32_t step = 0;
   for (uint32_t n = 0;; ++n) {
     shared.planned.wait_full(n);

@@ -26,6 +26,7 @@ def calls(device, dtype, keys):
         yield *make_qkv(device, dtype, 1, seqlen, seqlen, heads=heads, head_dim=head_dim), {}
     takes_turns = {"deterministic": keys <= 512}
     yield *make_qkv(device, dtype, 1, 530, 520, heads=2, head_dim=64), takes_turns
+    yield *make_qkv(device, dtype, 1, 200, 257, heads=88, heads_k=44, head_dim=64), takes_turns  # not in parts
     for head_dim in (64, 128, 192):  # several key tiles, the first of which may store; in either order
         qkv_tiles = make_qkv(device, dtype, 1, 150, 290, heads=2, heads_k=1, head_dim=head_dim)
         for deterministic in (False, True):
