@@ -38,7 +38,7 @@ struct TileSchedule {
 // section begins with a round of its own, and each round over the CTAs runs in the other direction than the one before:
 // so every CTA gets as much, but for those with one tile for two of the others, since the places at the end of a
 // section stay empty. Every two rounds these are others: the busiest of 132 CTAs had 3 to 6 % more steps than the mean
-// at S 512 to 2048 and 1.5 at 16384, and has 0 to 1.
+// at S 512 to 2048 and 1.5 at 16384, and has 0 to 1, at D 128 and S 1024 3.
 struct PersistentSchedule {
   int32_t tiles;                  // tiles of the longest sequence
   int32_t heads;                  // a sequence
