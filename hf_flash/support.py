@@ -232,28 +232,33 @@ def unsupported(
     if reason:
         return reason
     batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
-    heads = q.shape[-2]
     ints, longs, floats = (torch.int32,), (torch.int64,), (torch.float32,)
-    own = (torch.float32,) if q.dtype == torch.float32 else (q.dtype, torch.float32)
     if packed:
         if key_range is not None or query_range is not None:
             return _value("`key_range` and `query_range` do not go with `cu_seqlens_q`: shorten the sequences instead")
         if batch < 0 or cu_seqlens_q.dim() != 1:
             return _value(f"`cu_seqlens_q` has shape {tuple(cu_seqlens_q.shape)}; it must be (B + 1,)")
+        reason = _vector("cu_seqlens_q", cu_seqlens_q, q, ints, ((batch + 1,),))
+        reason = reason or _vector("cu_seqlens_k", cu_seqlens_k, q, ints, ((batch + 1,),))
+    reason = (
+        reason
+        or _vector("key_range", key_range, q, ints, ((batch, 2),))
+        or _vector("query_range", query_range, q, ints, ((batch, 2),))
+        or _vector("query_offset", query_offset, q, ints, ((batch,),))
+        or _vector("dropout_seed", dropout_seed, q, longs, ((1,), ()))
+    )
+    if reason or bias is mask is alibi_slopes is sink is None:
+        return reason
+    heads = q.shape[-2]
+    own = (torch.float32,) if q.dtype == torch.float32 else (q.dtype, torch.float32)
     full = (batch, heads, max_seqlen_q if packed else q.shape[1], max_seqlen_k if packed else k.shape[1])
     if packed and (max_seqlen_q is None or max_seqlen_k is None):
         full = (batch, heads, "max_seqlen_q", "max_seqlen_k")
         if bias is not None or mask is not None:
             return _value("`bias` and `mask` in a packed batch need `max_seqlen_q` and `max_seqlen_k`; pass both")
     return (
-        _vector("cu_seqlens_q", cu_seqlens_q, q, ints, ((batch + 1,),))
-        or _vector("cu_seqlens_k", cu_seqlens_k, q, ints, ((batch + 1,),))
-        or _vector("key_range", key_range, q, ints, ((batch, 2),))
-        or _vector("query_range", query_range, q, ints, ((batch, 2),))
-        or _vector("query_offset", query_offset, q, ints, ((batch,),))
-        or _vector("alibi_slopes", alibi_slopes, q, floats, ((heads,), (batch, heads)))
+        _vector("alibi_slopes", alibi_slopes, q, floats, ((heads,), (batch, heads)))
         or _vector("sink", sink, q, own, ((heads,),))
-        or _vector("dropout_seed", dropout_seed, q, longs, ((1,), ()))
         or _scores("bias", bias, q, own, full)
         or _scores("mask", mask, q, (torch.bool,), full)
     )
