@@ -184,8 +184,7 @@ def test_explain_prints_the_report(call, tmp_path):
     transformers.BertModel(config).save_pretrained(tmp_path)
     code, text = call("explain", str(tmp_path))
     assert code == 0
-    assert text.count("BertSelfAttention") == 2
-    assert "patched" in text
+    assert text.count("BertSelfAttention  patched") == 2  # a note may name the class, where a test before compiled it
 
 
 def test_explain_without_a_model(call, tmp_path):
