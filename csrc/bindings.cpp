@@ -249,7 +249,8 @@ STABLE_TORCH_LIBRARY(hf_flash, m) {
       ("forward(Tensor q, Tensor k, Tensor v, " + std::string(kTailSchema) + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " +
          std::string(kTailSchema) +
-         ", bool need_dbias, bool need_dsink) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias, Tensor? dsink)")
+         ", bool need_dbias=False, bool need_dsink=False) "
+         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias, Tensor? dsink)")
             .c_str());
   m.def("row_sum(Tensor dout, Tensor out, Tensor? dlse) -> Tensor");
   m.def("dropout_mask(Tensor seed, SymInt batch, SymInt heads, SymInt seqlen_q, SymInt seqlen_k, int keep) -> Tensor");

@@ -55,40 +55,43 @@ class Arguments {
   StableIValue* next_;
 };
 
-// The tail that forward and backward share; members stand in the schema's order.
+// The tail that forward and backward share; members stand in the schema's order. What most calls leave out comes last
+// and has a default, since torch looks at each argument that Python passes, None too.
 constexpr const char* kTailSchema =
-    "Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? key_range, Tensor? query_range, Tensor? query_offset, Tensor? dropout_seed, float scale, float softcap, "
-    "SymInt window_left, SymInt window_right, int dropout_keep, int dropout_seed_value, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, bool deterministic";
+    "float scale, float softcap=0.0, SymInt window_left=-1, SymInt window_right=-1, int dropout_keep=256, "
+    "int dropout_seed_value=0, bool deterministic=False, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
+    "Tensor? key_range=None, Tensor? mask=None, Tensor? query_range=None, Tensor? query_offset=None, "
+    "Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? bias=None, Tensor? sink=None";
 
 struct Tail {
   explicit Tail(Arguments& args)
-      : bias(args.take<OptionalTensor>()),
-        mask(args.take<OptionalTensor>()),
-        alibi_slopes(args.take<OptionalTensor>()),
-        sink(args.take<OptionalTensor>()),
-        cu_seqlens_q(args.take<OptionalTensor>()),
-        cu_seqlens_k(args.take<OptionalTensor>()),
-        key_range(args.take<OptionalTensor>()),
-        query_range(args.take<OptionalTensor>()),
-        query_offset(args.take<OptionalTensor>()),
-        dropout_seed(args.take<OptionalTensor>()),
-        scale(args.take<double>()),
+      : scale(args.take<double>()),
         softcap(args.take<double>()),
         window_left(args.take<int64_t>()),
         window_right(args.take<int64_t>()),
         dropout_keep(args.take<int64_t>()),
         dropout_seed_value(args.take<int64_t>()),
+        deterministic(args.take<bool>()),
         max_seqlen_q(args.take<int64_t>()),
         max_seqlen_k(args.take<int64_t>()),
-        deterministic(args.take<bool>()) {}
+        key_range(args.take<OptionalTensor>()),
+        mask(args.take<OptionalTensor>()),
+        query_range(args.take<OptionalTensor>()),
+        query_offset(args.take<OptionalTensor>()),
+        dropout_seed(args.take<OptionalTensor>()),
+        alibi_slopes(args.take<OptionalTensor>()),
+        cu_seqlens_q(args.take<OptionalTensor>()),
+        cu_seqlens_k(args.take<OptionalTensor>()),
+        bias(args.take<OptionalTensor>()),
+        sink(args.take<OptionalTensor>()) {}
 
-  OptionalTensor bias, mask, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, key_range, query_range, query_offset,
-      dropout_seed;
   double scale, softcap;
-  int64_t window_left, window_right, dropout_keep, dropout_seed_value, max_seqlen_q, max_seqlen_k;
+  int64_t window_left, window_right, dropout_keep, dropout_seed_value;
   bool deterministic;
+  int64_t max_seqlen_q, max_seqlen_k;
+  OptionalTensor key_range, mask, query_range, query_offset, dropout_seed, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+      bias, sink;
 };
 
 inline DType dtype_of(const Tensor& t, const char* name) {

@@ -155,40 +155,55 @@ def judged_attention(
     q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
     sink=None, dropout_p=0.0, dropout_seed=None, key_range=None, query_range=None, query_offset=None,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None, return_lse=False,
+    heads_first=False,
 ):  # fmt: skip
-    """:func:`flash_attention` for those who have asked :func:`support.unsupported` already; arguments as there."""
+    """:func:`flash_attention` for those who have asked :func:`support.unsupported` already; arguments as there.
+
+    heads_first: q, k and v are ``(B, H, S, D)``, as Transformers has them; not in a packed batch.
+    """
     if cu_seqlens_q is not None:
         max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
     if CHECK_VALUES:
-        _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        rows = 2 if heads_first else 0 if cu_seqlens_q is not None else 1
+        lengths = q.shape[rows], k.shape[rows]
+        _check_values(lengths, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     keep, seed_value = dropout_keep(dropout_p) if dropout_p > 0 else 256, 0
     if keep == 256:
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed, seed_value = draw_seed(q.device)
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    call = ops.Call(
-        mask=_four_dimensions(mask),
-        alibi_slopes=_contiguous(alibi_slopes),
-        cu_seqlens_q=_contiguous(cu_seqlens_q),
-        cu_seqlens_k=_contiguous(cu_seqlens_k),
-        key_range=_contiguous(key_range),
-        query_range=_contiguous(query_range),
-        query_offset=_contiguous(query_offset),
-        dropout_seed=dropout_seed,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        window_left=window[0],
-        window_right=0 if causal else window[1],
-        dropout_keep=keep,
-        dropout_seed_value=seed_value,
-        max_seqlen_q=max_seqlen_q or 0,
-        max_seqlen_k=max_seqlen_k or 0,
-        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    numbers = ops.Numbers(
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+        window[0],
+        0 if causal else window[1],
+        keep,
+        seed_value,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        max_seqlen_q or 0,
+        max_seqlen_k or 0,
     )
-    sink = None if sink is None else sink.to(accumulator).contiguous()
-    out, lse = ops.attention(q, k, v, _four_dimensions(bias), sink, call, return_lse)
+    tensors = (_contiguous(key_range), _four_dimensions(mask))
+    if not (
+        query_range is query_offset is dropout_seed is alibi_slopes is None
+        and cu_seqlens_q is cu_seqlens_k is bias is sink is None
+    ):
+        accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        tensors = ops.Tensors(
+            *tensors,
+            query_range=_contiguous(query_range),
+            query_offset=_contiguous(query_offset),
+            dropout_seed=dropout_seed,
+            alibi_slopes=_contiguous(alibi_slopes),
+            cu_seqlens_q=_contiguous(cu_seqlens_q),
+            cu_seqlens_k=_contiguous(cu_seqlens_k),
+            bias=_four_dimensions(bias),
+            sink=None if sink is None else sink.to(accumulator).contiguous(),
+        )
+    elif key_range is mask is None:
+        tensors = ()
+    out, lse = ops.attention(q, k, v, numbers, tensors, return_lse, heads_first)
     return (out, lse) if return_lse else out
 
 
@@ -204,9 +219,10 @@ def _longest(cu_seqlens: torch.Tensor) -> int:
     return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.numel() > 1 else 0
 
 
-def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
-    """What kernels clamp in silence raises here. Synchronises with the device."""
-    for name, t, length in (("key_range", key_range, k.shape[1]), ("query_range", query_range, q.shape[1])):
+def _check_values(lengths, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    """What kernels clamp in silence raises here. Synchronises with the device. lengths: rows of q and of k."""
+    rows_q, rows_k = lengths
+    for name, t, length in (("key_range", key_range, rows_k), ("query_range", query_range, rows_q)):
         if t is None:
             continue
         for b, (begin, end) in enumerate(t.tolist()):
@@ -215,8 +231,8 @@ def _check_values(q, k, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_
                     f"hf_flash: `{name}`[{b}] is ({begin}, {end}); it must satisfy 0 <= begin <= end <= {length}"
                 )
     for name, t, total, longest in (
-        ("q", cu_seqlens_q, q.shape[0], max_seqlen_q),
-        ("k", cu_seqlens_k, k.shape[0], max_seqlen_k),
+        ("q", cu_seqlens_q, rows_q, max_seqlen_q),
+        ("k", cu_seqlens_k, rows_k, max_seqlen_k),
     ):
         if t is None:
             continue

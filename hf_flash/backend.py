@@ -27,7 +27,7 @@ except ImportError:  # transformers 5.0
 
 from . import attention, packing, registry, report, support
 from .fallback import Options, fall_back, options_of, precision
-from .packing import Visibility, is_traced, key_ranges, packing_from_cu_seqlens, packing_from_ids, rows_of_heads
+from .packing import Visibility, is_traced, key_ranges, packing_from_cu_seqlens, packing_from_ids, tokens_of_heads
 from .support import Unsupported
 
 NAME = "hf_flash"
@@ -232,7 +232,7 @@ def _refusal(behaviour, module, options: Options, output_attentions, cache, othe
     refused = None if behaviour.refuse is None else behaviour.refuse(module)
     if refused is not None:
         return refused
-    if cache is not None or any(others.get(name) is not None for name in _PAGES):
+    if cache is not None or (others and any(others.get(name) is not None for name in _PAGES)):
         return Unsupported(
             "PAGED_CACHE", "continuous batching's paged cache is not supported; use attn_implementation='sdpa' there"
         )
@@ -285,10 +285,11 @@ def attention_forward(
         if s_aux is not None:
             call["sink"] = _addition(s_aux, q.dtype)
         packed = "cu_seqlens_q" in call
-        q, k, v = (rows_of_heads(t, packed) for t in (q, k, v))
-        reason = support.unsupported(q, k, v, **call)
+        if packed:
+            q, k, v = (tokens_of_heads(t) for t in (q, k, v))
+        reason = support.unsupported(q, k, v, heads_first=not packed, **call)
     if reason is None:
-        out = attention.judged_attention(q, k, v, **call)
+        out = attention.judged_attention(q, k, v, heads_first=not packed, **call)
         report.count_served(module)
         out = out.unflatten(0, (query.shape[0], -1)) if packed else out
         return out if out.dtype == out_dtype else out.to(out_dtype), None

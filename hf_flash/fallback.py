@@ -29,7 +29,7 @@ _DEFAULT = Options()
 
 
 def options_of(module: nn.Module) -> Options:
-    record = getattr(module, RECORD, None)
+    record = module.__dict__.get(RECORD)  # getattr would go through nn.Module's own search, which takes microseconds
     return _DEFAULT if record is None or record.options is None else record.options
 
 

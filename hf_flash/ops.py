@@ -65,75 +65,82 @@ def cuda_versions() -> tuple[int, int]:
     return runtime.value, driver.value
 
 
-class Call(NamedTuple):
-    """What an attention call has besides q, k, v, bias and sink; in the operator schema's order.
+class Numbers(NamedTuple):
+    """The numbers of an attention call, in the operators' order."""
 
-    ``None`` tensors are absent. Everything here takes no gradient.
-    """
-
-    mask: torch.Tensor | None = None
-    alibi_slopes: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    key_range: torch.Tensor | None = None
-    query_range: torch.Tensor | None = None
-    query_offset: torch.Tensor | None = None
-    dropout_seed: torch.Tensor | None = None
-    scale: float = 1.0
+    scale: float
     softcap: float = 0.0
     window_left: int = -1
     window_right: int = -1
     dropout_keep: int = 256
-    dropout_seed_value: int = 0  # where dropout_seed is absent
+    dropout_seed_value: int = 0  # where the tensor dropout_seed is absent
+    deterministic: bool = False
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
-    deterministic: bool = False
 
 
-_TENSORS = 8  # the leading fields of Call that are tensors: saved, so that a change in place before backward raises
-_NOTHING = (None,) * (2 + _TENSORS)
+class Tensors(NamedTuple):
+    """The tensors of a call beside q, k and v, in the operators' order after the numbers; None where absent.
+
+    A tuple of the first ones does for a call without the rest. The last two take a gradient.
+    """
+
+    key_range: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    query_range: torch.Tensor | None = None
+    query_offset: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
 
 
-def _forward(q, k, v, bias, sink, call):
-    mask, alibi_slopes, *rest = call
-    return _FORWARD(q, k, v, bias, mask, alibi_slopes, sink, *rest)
+def _swap(q, k, v):
+    """(B, H, S, D) <-> (B, S, H, D)."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
-    """Forward and backward of the operator, with lse among the results, and its gradient, where somebody asks for it.
+    """Forward and backward of the operators; arguments as :func:`attention` has them, bias and sink by themselves.
 
-    Each argument, result and saved tensor takes autograd half a microsecond or more, an absent one too: so bias and
-    sink are left out of a call without either, and None is not saved.
+    What the host spends here is what short sequences wait for: an argument, a result or a saved tensor takes autograd
+    half a microsecond, a transposition that autograd sees five, an argument of an operator a tenth, an absent one too.
+    So bias and sink are left out of a call without either, None is not saved, and heads and rows change places here.
     """
 
     @staticmethod
-    def forward(ctx, call, with_lse, q, k, v, bias=None, sink=None):
-        out, lse = _forward(q, k, v, bias, sink, call)
-        optional = (bias, sink, *call[:_TENSORS])
-        ctx.present = [t is not None for t in optional]
-        ctx.save_for_backward(q, k, v, out, lse, *[t for t in optional if t is not None])
-        ctx.scalars = call[_TENSORS:]
+    def forward(ctx, numbers, tensors, heads_first, with_lse, q, k, v, *differentiable):
+        tensors = (*tensors, *differentiable)
+        out, lse = _FORWARD(*(_swap(q, k, v) if heads_first else (q, k, v)), *numbers, *tensors)
+        ctx.numbers, ctx.heads_first, ctx.present = numbers, heads_first, None
         ctx.set_materialize_grads(False)
+        if tensors:
+            ctx.present = [t is not None for t in tensors]
+            tensors = [t for t in tensors if t is not None]
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        optional = _NOTHING
-        if saved:
-            saved = iter(saved)
-            optional = [next(saved) if present else None for present in ctx.present]
-        bias, sink, mask, alibi_slopes, *rest = optional
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if ctx.heads_first:
+            q, k, v = _swap(q, k, v)
         if dout is None:
             dout = torch.zeros_like(out)
-        needs = ctx.needs_input_grad
-        need_dbias, need_dsink = needs[5:] or (False, False)
-        gradients = _BACKWARD(
-            dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest, *ctx.scalars, need_dbias, need_dsink
-        )
+        needs, bias, sink = ctx.needs_input_grad[7:], None, None
+        if ctx.present is not None:
+            saved = iter(tensors)
+            tensors = [next(saved) if present else None for present in ctx.present]
+            if needs:
+                bias, sink = tensors[-2:]
+        gradients = _BACKWARD(dout, dlse, q, k, v, out, lse, *ctx.numbers, *tensors, *needs)
+        if ctx.heads_first:
+            gradients = (*_swap(*gradients[:3]), *gradients[3:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _OnceDifferentiable.apply(5, *gradients, dout, dlse, q, k, v, bias, sink)
-        return None, None, *gradients[: len(needs) - 2]
+        return None, None, None, None, *gradients[: 3 + len(needs)]
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -151,27 +158,33 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def attention(q, k, v, bias, sink, call: Call, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attention(
+    q, k, v, numbers: Numbers, tensors: tuple = (), with_lse: bool = True, heads_first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the operator; differentiable in q, k, v, bias, sink and through both results.
 
-    Shapes as in :func:`hf_flash.flash_attention`; arguments are taken as they are, its checks come before.
-    Returns ``(out, lse)``; without ``with_lse``, lse may be None.
+    Shapes as in :func:`hf_flash.flash_attention`; with ``heads_first`` q, k and v are ``(B, H, S, D)``, out as ever.
+    tensors: :class:`Tensors` or the first ones of it. Arguments are taken as they are, checks come before. Returns
+    ``(out, lse)``; without ``with_lse``, lse may be None.
     """
-    if bias is None and sink is None:
-        differentiable = (q, k, v)
-        recorded = q.requires_grad or k.requires_grad or v.requires_grad
-    else:
-        differentiable = (q, k, v, bias, sink)
-        recorded = any(t is not None and t.requires_grad for t in differentiable)
+    recorded, differentiable = q.requires_grad or k.requires_grad or v.requires_grad, ()
+    if len(tensors) == len(Tensors._fields):
+        bias, sink = tensors[-2:]
+        tensors = tensors[:-2]
+        if bias is not None or sink is not None:
+            differentiable = bias, sink
+            recorded = recorded or any(t is not None and t.requires_grad for t in differentiable)
     if not (recorded and torch.is_grad_enabled()):
-        return _forward(q, k, v, bias, sink, call)
-    results = _Attention.apply(call, with_lse, *differentiable)
+        if heads_first:
+            q, k, v = _swap(q, k, v)
+        return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
+    results = _Attention.apply(numbers, tensors, heads_first, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 
 
-def _row_values(q, cu_seqlens_q):
+def _row_values(q):
     """Shape of lse and of the row sums: (B, Hq, Sq), packed (Hq, T)."""
-    return (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
+    return (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
 
 
 def _accumulator(q):
@@ -179,14 +192,15 @@ def _accumulator(q):
 
 
 @torch.library.register_fake("hf_flash::forward")
-def _(q, k, v, bias, mask, alibi_slopes, sink, cu_seqlens_q, *rest):
+def _(q, k, v, *rest):
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(_row_values(q, cu_seqlens_q), dtype=_accumulator(q))
+    return out, q.new_empty(_row_values(q), dtype=_accumulator(q))
 
 
 @torch.library.register_fake("hf_flash::backward")
-def _(dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest):
-    need_dbias, need_dsink = rest[-2:]
+def _(dout, dlse, q, k, v, out, lse, *rest):
+    absent = len(Numbers._fields) + len(Tensors._fields) + 2 - len(rest)  # torch leaves defaults at the end out
+    bias, sink, need_dbias, need_dsink = (*rest, *(None,) * absent)[-4:]
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias and bias is not None else None
     dsink = sink.new_empty(sink.shape) if need_dsink and sink is not None else None
     return *(t.new_empty(t.shape) for t in (q, k, v)), dbias, dsink
@@ -194,9 +208,7 @@ def _(dout, dlse, q, k, v, out, lse, bias, mask, alibi_slopes, sink, *rest):
 
 @torch.library.register_fake("hf_flash::row_sum")
 def _(dout, out, dlse):
-    packed = out.dim() == 3
-    shape = (out.shape[1], out.shape[0]) if packed else (out.shape[0], out.shape[2], out.shape[1])
-    return out.new_empty(shape, dtype=_accumulator(out))
+    return out.new_empty(_row_values(out), dtype=_accumulator(out))
 
 
 @torch.library.register_fake("hf_flash::dropout_mask")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 __all__ = [
     "Packing", "Visibility", "is_traced", "key_ranges", "packed_bias", "packing_from_cu_seqlens", "packing_from_ids",
-    "rows_of_heads", "sequence_ids",
+    "sequence_ids", "tokens_of_heads",
 ]  # fmt: skip
 
 
@@ -121,10 +121,9 @@ def packed_bias(bias: torch.Tensor, relative: bool, call: dict) -> torch.Tensor:
     return bias[..., : call["max_seqlen_q"], : call["max_seqlen_k"]]
 
 
-def rows_of_heads(t: torch.Tensor, packed: bool) -> torch.Tensor:
-    """(B, H, S, D) -> (B, S, H, D), packed (B * S, H, D)."""
-    t = t.transpose(1, 2)
-    return t.flatten(0, 1) if packed else t
+def tokens_of_heads(t: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, D) -> (B * S, H, D)."""
+    return t.transpose(1, 2).flatten(0, 1)
 
 
 def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:

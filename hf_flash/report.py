@@ -37,7 +37,8 @@ _WARNED: set[tuple[str, str]] = set()
 
 def calls_of(module: nn.Module) -> Calls:
     """A module's count; a patched one's is in its record, which the replicas of nn.DataParallel share with it."""
-    calls = getattr(module.__dict__.get(RECORD), "calls", None)
+    record = module.__dict__.get(RECORD)
+    calls = _CALLS.get(module) if record is None or record.calls is None else record.calls
     return _CALLS.setdefault(module, Calls()) if calls is None else calls
 
 

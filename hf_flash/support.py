@@ -97,30 +97,36 @@ def kernel_name(device: torch.device) -> str:
     return chosen if chosen in own else "none"
 
 
-def _rows(q, k, v, packed: bool) -> Unsupported | None:
-    """Shapes, dtypes and devices of q, k and v."""
-    dims, device, dtype = 3 if packed else 4, None, None
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, torch.Tensor):
-            return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor")
-        if t.dim() != dims:
-            layout = "(T, H, D) as cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
-            return _value(f"`{name}` has shape {tuple(t.shape)}; it must be {layout}")
-        if t is q:
-            device, dtype = t.device, t.dtype
-            continue
+def _kinds(q, k, v) -> Unsupported | None:
+    """q, k and v must be tensors of one dtype on one device."""
+    tensor = torch.Tensor
+    if not (isinstance(q, tensor) and isinstance(k, tensor) and isinstance(v, tensor)):
+        name, t = next((name, t) for name, t in (("q", q), ("k", k), ("v", v)) if not isinstance(t, tensor))
+        return _type(f"`{name}` is a {type(t).__name__}; it must be a torch.Tensor")
+    device, dtype = q.device, q.dtype
+    for name, t in (("k", k), ("v", v)):
         if t.device != device:
-            return _value(f"`{name}` is on {t.device} but `q` on {q.device}; move them to one device")
+            return _value(f"`{name}` is on {t.device} but `q` on {device}; move them to one device")
         if t.dtype != dtype:
-            return _type(f"`{name}` has dtype {t.dtype} but `q` {q.dtype}; cast them to one dtype")
-    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape  # each look at a tensor's shape costs a call into torch
+            return _type(f"`{name}` has dtype {t.dtype} but `q` {dtype}; cast them to one dtype")
+    return None
+
+
+def _shapes(shape_q, shape_k, shape_v, packed: bool, heads: int) -> Unsupported | None:
+    """The shapes of q, k and v; ``heads``: where in them the heads stand."""
+    dims = 3 if packed else 4
+    if not len(shape_q) == len(shape_k) == len(shape_v) == dims:
+        layout = "(T, H, D) as cu_seqlens are given" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens"
+        shapes = (("q", shape_q), ("k", shape_k), ("v", shape_v))
+        name, shape = next((name, shape) for name, shape in shapes if len(shape) != dims)
+        return _value(f"`{name}` has shape {tuple(shape)}; it must be {layout}")
     if shape_k != shape_v and shape_k[:-1] != shape_v[:-1]:
         return _value(f"`k` {tuple(shape_k)} and `v` {tuple(shape_v)} must agree in all but the last dimension")
     if not packed and shape_k[0] != shape_q[0]:
         return _value(f"`k` has batch size {shape_k[0]} but `q` {shape_q[0]}; expand the smaller one")
     if shape_k[-1] != shape_q[-1]:
         return _value(f"`k` has head_dim {shape_k[-1]} but `q` {shape_q[-1]}; they must be equal")
-    heads_q, heads_k = shape_q[-2], shape_k[-2]
+    heads_q, heads_k = shape_q[heads], shape_k[heads]
     if heads_k == 0 or heads_q % heads_k:
         return _value(f"`q` has {heads_q} heads, which is not a multiple of the {heads_k} heads of `k` and `v`")
     for name, d in (("q", shape_q[-1]), ("v", shape_v[-1])):
@@ -209,13 +215,21 @@ def _longest(name, longest, packed: bool) -> Unsupported | None:
 def unsupported(
     q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, bias=None, mask=None, alibi_slopes=None,
     sink=None, dropout_p=0.0, dropout_seed=None, key_range=None, query_range=None, query_offset=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=None, heads_first=False,
 ) -> Unsupported | None:  # fmt: skip
-    """Reason why :func:`hf_flash.flash_attention` cannot take this call, or None. Arguments as there."""
+    """Reason why :func:`hf_flash.flash_attention` cannot take this call, or None. Arguments as there.
+
+    heads_first: q, k and v are ``(B, H, S, D)``; not in a packed batch.
+    """
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         return _value("`cu_seqlens_q` and `cu_seqlens_k` go together; self-attention passes one tensor twice")
-    reason = _rows(q, k, v, packed) or _scalars(window, softcap, scale, dropout_p)
+    reason = _kinds(q, k, v)
+    if reason:
+        return reason
+    shape_q, shape_k = q.shape, k.shape  # each look at a tensor's shape costs a call into torch
+    place = 1 if heads_first else -2
+    reason = _shapes(shape_q, shape_k, v.shape, packed, place) or _scalars(window, softcap, scale, dropout_p)
     if reason:
         return reason
     device = q.device
@@ -231,7 +245,7 @@ def unsupported(
     reason = _longest("q", max_seqlen_q, packed) or _longest("k", max_seqlen_k, packed)
     if reason:
         return reason
-    batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
+    batch = cu_seqlens_q.numel() - 1 if packed else shape_q[0]
     ints, longs, floats = (torch.int32,), (torch.int64,), (torch.float32,)
     if packed:
         if key_range is not None or query_range is not None:
@@ -249,9 +263,10 @@ def unsupported(
     )
     if reason or bias is mask is alibi_slopes is sink is None:
         return reason
-    heads = q.shape[-2]
+    heads = shape_q[place]
     own = (torch.float32,) if q.dtype == torch.float32 else (q.dtype, torch.float32)
-    full = (batch, heads, max_seqlen_q if packed else q.shape[1], max_seqlen_k if packed else k.shape[1])
+    rows = 2 if heads_first else 1
+    full = (batch, heads, max_seqlen_q if packed else shape_q[rows], max_seqlen_k if packed else shape_k[rows])
     if packed and (max_seqlen_q is None or max_seqlen_k is None):
         full = (batch, heads, "max_seqlen_q", "max_seqlen_k")
         if bias is not None or mask is not None:

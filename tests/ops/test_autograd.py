@@ -6,6 +6,7 @@ from attention_rule import int32, make_qkv, seed_tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_flash import flash_attention
+from hf_flash.attention import judged_attention
 
 
 def leaves(*shapes):
@@ -88,6 +89,33 @@ def test_double_backward_raises(device, plain_dtype):
     (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"DOUBLE_BACKWARD.*differentiable once.*eager"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("extras", [False, True])
+def test_heads_before_rows(device, dtype, extras):
+    """What the Transformers backend passes: the same bits as with rows before heads, and as strict about gradients."""
+    tensors = dict(zip("qkv", make_qkv(device, dtype, 2, 20, 25, heads=4, heads_k=2), strict=True))
+    options = {"deterministic": True, "return_lse": True, "key_range": int32([[1, 25], [0, 9]], device)}
+    if extras:
+        tensors |= {
+            "bias": torch.randn(1, 4, 20, 25, device=device, dtype=dtype),
+            "sink": torch.randn(4, device=device),
+        }
+
+    def results(heads_first):
+        used = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        rows = [used[name].transpose(1, 2) if heads_first else used[name] for name in "qkv"]
+        more = {name: used[name] for name in used.keys() - set("qkv")}
+        out, lse = judged_attention(*rows, **more, **options, heads_first=heads_first)
+        got = torch.autograd.grad(out.float().square().sum() + lse.sum(), used.values(), create_graph=True)
+        with pytest.raises(NotImplementedError, match="DOUBLE_BACKWARD"):
+            got[0].sum().backward()
+        return out, lse, *got
+
+    assert all(torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True))
+    with torch.no_grad():
+        q, k, v = (tensors[name].transpose(1, 2) for name in "qkv")
+        assert torch.equal(judged_attention(q, k, v, heads_first=True), judged_attention(*map(tensors.get, "qkv")))
 
 
 def test_backward_twice_over_a_kept_graph(device, plain_dtype):

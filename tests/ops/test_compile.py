@@ -17,10 +17,10 @@ def tail(device, dtype, packed):
     starts = int32([0, 4, 9], device), int32([0, 12, 12], device)
     ranges = int32([[0, 9], [1, 5]], device), int32([[0, 9], [2, 9]], device)
     offset = int32([0, 2], device)
+    ranges, starts = ((None, None), starts) if packed else (ranges, (None, None))
     return [
-        bias, mask, torch.rand(4, device=device), torch.randn(4, device=device), *(starts if packed else (None, None)),
-        *((None, None) if packed else ranges), offset, seed_tensor(1, device), 0.3, 2.0, 5, 0, 200, 0,
-        *((9, 12) if packed else (0, 0)), True,
+        0.3, 2.0, 5, 0, 200, 0, True, *((9, 12) if packed else (0, 0)), ranges[0], mask, ranges[1], offset,
+        seed_tensor(1, device), torch.rand(4, device=device), *starts, bias, torch.randn(4, device=device),
     ]  # fmt: skip
 
 
@@ -35,9 +35,9 @@ def test_opcheck(device, dtype, packed):
     for wanted in ((True, True), (False, False)):
         args = (dout, dlse, q, k, v, out, lse, *rest, *wanted)
         torch.library.opcheck(torch.ops.hf_flash.backward.default, args, test_utils=checks)
-    bare = [None] * 10 + [0.3, 0.0, -1, -1, 256, 0, 0, 0, False]
     if not packed:
-        torch.library.opcheck(torch.ops.hf_flash.forward.default, (q, k, v, *bare), test_utils=checks)
+        torch.library.opcheck(torch.ops.hf_flash.forward.default, (q, k, v, 0.3), test_utils=checks)
+        torch.library.opcheck(torch.ops.hf_flash.backward.default, args[:8], test_utils=checks)
     torch.library.opcheck(torch.ops.hf_flash.row_sum.default, (dout, out, dlse), test_utils=checks)
 
 

@@ -9,7 +9,7 @@ from attention_rule import check, int32, make_qkv, run, seed_tensor
 import hf_flash
 from hf_flash import flash_attention
 from hf_flash.attention import draw_seed
-from hf_flash.ops import Call, attention
+from hf_flash.ops import Numbers, Tensors, attention
 from hf_flash.reference import dropout_keep, dropout_mask
 
 
@@ -201,8 +201,9 @@ def test_seeds_of_a_gpu_are_drawn_on_the_host(monkeypatch):
 def test_a_seed_by_value_drops_what_its_tensor_drops(device, plain_dtype, seed):
     qkv = [t.requires_grad_() for t in make_qkv(device, plain_dtype, 2, 40, 50)]
     results = []
-    for call in (Call(dropout_seed=seed_tensor(seed, device)), Call(dropout_seed_value=seed)):
-        out, _ = attention(*qkv, None, None, call._replace(dropout_keep=100, deterministic=True))
+    numbers = Numbers(1.0, dropout_keep=100, deterministic=True)
+    for tensors, value in ((Tensors(dropout_seed=seed_tensor(seed, device)), 0), ((), seed)):
+        out, _ = attention(*qkv, numbers._replace(dropout_seed_value=value), tensors)
         results.append((out, *torch.autograd.grad(out.sum(), qkv)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

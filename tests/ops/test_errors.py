@@ -132,8 +132,8 @@ def test_the_bindings_repeat_what_protects_memory():
     def call(q=q, k=k, v=v, **changes):
         a = good | changes
         return torch.ops.hf_flash.forward(
-            q, k, v, a["bias"], None, None, a["sink"], a["cu"], a["cu"], a["ranges"], None, None, None, 0.25, 0.0,
-            -1, -1, a["dropout_keep"], 0, 4, 4, False,
+            q, k, v, 0.25, dropout_keep=a["dropout_keep"], max_seqlen_q=4, max_seqlen_k=4, key_range=a["ranges"],
+            cu_seqlens_q=a["cu"], cu_seqlens_k=a["cu"], bias=a["bias"], sink=a["sink"],
         )  # fmt: skip
 
     call()
@@ -150,12 +150,13 @@ def test_the_bindings_repeat_what_protects_memory():
 CHECKED = """
 import sys, torch
 from hf_flash import flash_attention
+from hf_flash.attention import judged_attention
 def int32(values): return torch.tensor(values, dtype=torch.int32)
-def call(packed, **options):
+def call(packed, function=flash_attention, **options):
     shape = (6, 2, 8) if packed else (2, 6, 2, 8)
     q = torch.randn(shape)
     try:
-        flash_attention(q, q, q, **options)
+        function(q, q, q, **options)
     except ValueError as error:
         return str(error)
     return "passed"
@@ -169,6 +170,8 @@ print(call(**starts(1, 3, 6)))
 print(call(**starts(0, 5, 6)))
 print(call(**starts(0, 3, 6)))
 print(call(False, key_range=int32([[0, 6], [2, 2]])))
+for end in (2, 3):
+    print(call(False, judged_attention, heads_first=True, key_range=int32([[0, 2], [1, end]])))
 """
 
 
@@ -185,6 +188,8 @@ def test_hf_flash_check_reads_values_back(monkeypatch):
         ("`max_seqlen_q` is 4", "5 rows"),
         ("passed",),
         ("passed",),
+        ("passed",),
+        ("`key_range`[1] is (1, 3)", "<= 2"),
     ]
     for sentence, words in zip(said, wanted, strict=True):
         assert all(word in sentence for word in words), sentence
