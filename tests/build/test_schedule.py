@@ -106,6 +106,14 @@ def test_long_tiles_are_shared_out_where_rounds_have_empty_places(deal):
         assert max(length) <= 1.035 * sum(length) / 132
 
 
+def test_rounds_that_level_each_other_out_stay_together(deal):
+    """Sections of three rounds: the empty places may not change between the second and the third."""
+    for tiles, heads, widest in ((12, 48, 24), (12, 96, 24), (32, 24, 12)):
+        work = deal(tiles, heads, 1, 132, widest=widest, first_is_longest=True)
+        length = [sum(1.6 * (tiles - tile) + 1 for tile, *_ in pieces) for pieces in work]
+        assert max(length) <= 1.05 * sum(length) / 132
+
+
 def test_the_longest_come_first(deal):
     for first_is_longest in (False, True):
         work = deal(8, 4, 1, 16, widest=4, first_is_longest=first_is_longest)
