@@ -170,9 +170,8 @@ static int hopper_head_dim(const AttentionParams& p) {
 static AttentionParams split_key_heads(const AttentionParams& p, int hopper) {
   int keys = 0, ctas = multiprocessor_count();
   if (hopper > 0) {
-    const int team = sm90::pairs_ctas(hopper, p.drops(), p.has_extras()) ? 2 : 1;
-    keys = team * sm90::backward_keys(hopper);
-    ctas /= team;
+    keys = sm90::keys_of_work(p, hopper);
+    ctas /= sm90::team_of(p, hopper);
   } else {
     const auto config = sm80::backward_config(head_dim_of(p), p.has_extras(), compute_capability_major() == 9);
     keys = config.keys;

@@ -11,16 +11,24 @@
 
 namespace hf_flash::sm90 {
 
+// So many CTAs of a cluster share a piece of work, whose keys are those of all.
+inline int team_of(const AttentionParams& p, int head_dim) {
+  return pairs_ctas(head_dim, p.drops(), p.has_extras()) ? 2 : 1;
+}
+inline int keys_of_work(const AttentionParams& p, int head_dim) {
+  return team_of(p, head_dim) * backward_keys(head_dim);
+}
+
 struct BackwardGrid {
   int ctas;  // at once, each for one piece of work after the other
-  int team;  // so many CTAs of a cluster share a piece of work, whose keys are those of all
+  int team;  // team_of()
   // Where all key tiles of a head see the same queries, or there is one alone, all of them start in the same round,
   // each at a query tile of its own, and take turns at dQ with next to no waiting.
   bool rotates;
   bool finishes_dq;     // so the order is fixed, and the last turn can write dq
   bool stores_first;    // the first to add to a query tile's dQ stores, and nobody has to zero it
   bool spreads;         // the key tiles of a head start at steps apart from each other's
-  int reach;            // the first and the last of them by so many steps at most
+  int reach;            // the first and the last of them by so many steps at most; INT32_MAX: no limit
   bool heads_first;     // steps go through the heads of a group before the next query tile
   bool tall;            // query tiles of 80
   DividedWork divided;  // the last pieces of work, perhaps
@@ -30,8 +38,8 @@ struct BackwardGrid {
 
   // head_dim: of the kernel.
   BackwardGrid(const AttentionParams& p, int head_dim, int multiprocessors) {
-    team = pairs_ctas(head_dim, p.drops(), p.has_extras()) ? 2 : 1;
-    const int keys = team * backward_keys(head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
+    team = team_of(p, head_dim);
+    const int keys = keys_of_work(p, head_dim), tiles = (p.seqlen_k + keys - 1) / keys;
     ctas = static_cast<int>(std::min(int64_t{tiles} * p.batch * p.heads_k, int64_t{multiprocessors / team}));
     const bool all_see_all = tiles == 1 || (p.window_left < 0 && p.window_right < 0);
     cluster = all_see_all && relay_pays(p, head_dim, tiles) ? tiles : 0;
@@ -46,7 +54,8 @@ struct BackwardGrid {
     tall = tall_pays && !finishes_dq;
     stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= stored_keys(tall));
     share_cache(p, head_dim, tiles, all_see_all);
-    const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr && reach == INT32_MAX;
+    const bool unlimited = reach == INT32_MAX;  // a part of a piece of work starts anywhere
+    const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr && unlimited;
     if (head_dim <= 128 && equal_steps && !p.deterministic && !finishes_dq) divide(p, tiles, head_dim);
     ctas *= team;
   }

@@ -23,8 +23,7 @@ int main(int, char** x) {
   p.dropout_keep = number(11);
   p.scale = 1;
   using namespace hf_flash;
-  const int team = sm90::pairs_ctas(p.head_dim, p.drops(), false) ? 2 : 1;  // as csrc/dispatch.cu has it
-  const int parts = key_head_parts(p, team * sm90::backward_keys(p.head_dim), 132 / team);
+  const int parts = key_head_parts(p, sm90::keys_of_work(p, p.head_dim), 132 / sm90::team_of(p, p.head_dim));
   const sm90::BackwardGrid grid(p, p.head_dim, 132);
   std::printf("%d %d %d %d", parts, grid.reach, grid.finishes_dq, grid.stores_first);
 }
@@ -54,12 +53,18 @@ def test_few_key_tiles_are_split(ask):
     assert ask(4, 2048, 2048, 71, 1, 64, causal=True)[0] == 71  # a prime number of heads
     assert ask(1, 4096, 4096, 16, 1, 256, causal=True)[0] in (4, 8)
     assert ask(8, 2048, 2048, 16, 2, 128, causal=True)[0] in (2, 4)  # eight heads would hurry ahead
+    assert ask(1, 32768, 32768, 64, 8, 128, causal=True)[0] == 2  # twice as many take twice the memory for nothing
 
 
 def test_many_key_tiles_are_not(ask):
     assert ask(1, 8192, 8192, 32, 8, 128, causal=True)[0] == ask(4, 2048, 2048, 32, 8, 128)[0] == 1
     assert ask(8, 2048, 2048, 16, 2, 128)[0] == ask(1, 8192, 8192, 8, 4, 256, causal=True)[0] == 1
     assert ask(1, 4096, 4096, 28, 4, 128)[0] == 1  # 128 tiles of one length fill 132 SMs
+
+
+def test_calls_under_the_sanitizers_are_split(ask):
+    """tests/gpu/sanitized_calls.py"""
+    assert ask(2, 140, 270, 6, 1, 64, causal=True)[0] > 1 and ask(2, 70, 90, 6, 1, 128)[0] > 1
 
 
 def test_nothing_to_split(ask):

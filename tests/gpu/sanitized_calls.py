@@ -27,6 +27,12 @@ def calls(device, dtype, keys):
     takes_turns = {"deterministic": keys <= 512}
     yield *make_qkv(device, dtype, 1, 530, 520, heads=2, head_dim=64), takes_turns
     yield *make_qkv(device, dtype, 1, 200, 257, heads=88, heads_k=44, head_dim=64), takes_turns  # not in parts
+    in_parts = make_qkv(device, dtype, 2, 140, 270, heads=6, heads_k=1, head_dim=64)  # few key tiles, many heads
+    spans = {"key_range": int32([[5, 260], [64, 64]], device), "query_range": int32([[0, 70], [3, 140]], device)}
+    yield *in_parts, spans | {"causal": True}
+    q, k, v = make_qkv(device, dtype, None, 150, 200, heads=6, heads_k=1, head_dim=128)  # with a gap at the end
+    starts = {"cu_seqlens_q": int32([0, 60, 130], device), "cu_seqlens_k": int32([0, 90, 180], device)}
+    yield q, k, v, starts | {"max_seqlen_q": 70, "max_seqlen_k": 90}
     for head_dim in (64, 128, 192):  # several key tiles, the first of which may store; in either order
         qkv_tiles = make_qkv(device, dtype, 1, 150, 290, heads=2, heads_k=1, head_dim=head_dim)
         for deterministic in (False, True):
