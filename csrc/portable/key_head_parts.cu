@@ -34,7 +34,7 @@ __device__ void add_up(const T* from, T* to, int64_t rows, int32_t heads, int32_
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const AttentionParams p, const AttentionParams whole) {
-  const bool is_dv = blockIdx.y;
+  const bool is_dv = blockIdx.y;  // dk and dv are contiguous, those in parts too
   const Rows &from = is_dv ? p.dv : p.dk, &to = is_dv ? whole.dv : whole.dk;
   add_up(static_cast<const T*>(from.data), static_cast<T*>(to.data), p.total_k, whole.heads_k, p.key_head_parts,
          is_dv ? p.head_dim_v : p.head_dim);

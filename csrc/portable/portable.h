@@ -25,7 +25,8 @@ void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStrea
 template <class Accumulator>
 void convert_dq(const AttentionParams& p, const Accumulator& accumulator, float scale, cudaStream_t stream);
 
-// dk and dv of `whole` from those of p, whose heads of k are parts of its (p.key_head_parts). float16 and bfloat16.
+// dk and dv of `whole` from those of p, whose heads of k are parts of its (p.key_head_parts). Writes every row,
+// those of a packed batch's gaps too. float16 and bfloat16.
 void add_key_head_parts(const AttentionParams& p, const AttentionParams& whole, cudaStream_t stream);
 
 // dsink[h] = -sum over rows of exp(sink - lse) * row_sum, in a fixed order.

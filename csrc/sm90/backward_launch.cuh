@@ -57,6 +57,14 @@ void launch_backward(Kernel* kernel, const AttentionParams& p, const typename Tr
     launch.make_clusters(size);
     const int clusters = resident.ask(kernel, size, launch.config());
     launch.config().gridDim.x = std::min(grid.ctas, size * clusters);
+    if (grid.rotates) {  // all key tiles of a head are at work at once, or would wait for each other in a circle
+      const int whole = size * ((p.seqlen_k + Traits::kKeys - 1) / Traits::kKeys);
+      launch.config().gridDim.x -= launch.config().gridDim.x % whole;
+      if (launch.config().gridDim.x == 0)
+        throw std::runtime_error(
+            "hf_flash: this device runs too few clusters at once for a backward in a fixed order at this "
+            "length; leave deterministic out");
+    }
     if (!Traits::kRelays) teams = clusters;
   }
   const PersistentSchedule schedule = backward_schedule(p, Traits::kKeys, teams, grid);

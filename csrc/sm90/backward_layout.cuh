@@ -109,7 +109,7 @@ __device__ __forceinline__ void make_plan(BackwardPlan& plan, const AttentionPar
     const int steps = group * ((plan.end - plan.begin) / Traits::kQueries);
     const int reach = min(steps, grid.reach), start = grid.spreads ? plan.turn * reach / plan.turns : steps - 1;
     const int next_start = plan.turn + 1 < plan.turns ? (plan.turn + 1) * reach / plan.turns : steps;
-    plan.finishing = grid.finishes_dq ? next_start - start : 0;
+    plan.finishing = grid.finishes_dq ? next_start - start : 0;  // not read where sums go from CTA to CTA
     plan.start = start;
     plan.steps = steps;
     plan.shared = 0;
