@@ -194,7 +194,9 @@ void row_sum(StableIValue* stack, uint64_t, uint64_t) {
   OptionalTensor dlse = args.take<OptionalTensor>();
   const bool packed = out.dim() == 3;
   require(packed || out.dim() == 4, "out must be (B, S, H, D) or (T, H, D); got ", out);
-  require(dout.dim() == out.dim() && dout.numel() == out.numel(), "dout ", dout, " must have out's shape");
+  bool fits = dout.dim() == out.dim();
+  for (int64_t d = 0; fits && d < out.dim(); ++d) fits = dout.size(d) == out.size(d);
+  require(fits, "dout ", dout, " must have out's shape ", out);
   require(dout.scalar_type() == out.scalar_type(), "dout must have out's dtype");
   require_device(dout, out, "dout");
   AttentionParams p{};

@@ -28,8 +28,11 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
 ]
 
-# HF_FLASH_CHECK=1: read cu_seqlens and ranges back from the device before each call and raise on bad values.
+# HF_FLASH_CHECK=1: read cu_seqlens and ranges back from the device before each call and raise on bad values; not where
+# a call is traced, which has none.
 CHECK_VALUES = os.environ.get("HF_FLASH_CHECK", "0") == "1"
+
+MAX_ROWS = 2**28  # of a sequence, as csrc/attention/sequence.h has it
 
 
 def dropout_keep(dropout_p: float) -> int:
@@ -39,7 +42,7 @@ def dropout_keep(dropout_p: float) -> int:
     230
     """
     keep = min(256, max(1, math.floor(256 * (1 - dropout_p) + 0.5)))
-    if keep == 256 and dropout_p > 0:
+    if keep == 256 and dropout_p > 0 and not torch.compiler.is_compiling():
         warnings.warn(
             f"hf_flash: dropout_p={dropout_p} rounds to no dropout; the rate is kept in steps of 1/256, so the "
             "smallest one is 0.00196",
@@ -127,7 +130,8 @@ def flash_attention(
         query_offset: int32 ``(B,)``: ``position(i) = i + query_offset[b]``; default Sk - Sq (bottom-right).
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``, where each packed sequence starts, and T.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; None reads it from the device, which synchronises. Of a
-            longer sequence the rows and keys beyond are left out in silence; with HF_FLASH_CHECK=1 that raises.
+            longer sequence the rows and keys beyond are left out in silence; with HF_FLASH_CHECK=1 that raises. Where
+            a call is traced (torch.compile, torch.export, torch.jit.trace) None stands for all rows.
         deterministic: gradients with the same bits on every run; None follows
             ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, ``(B, Hq, Sq)`` or packed ``(Hq, T)``: the natural logarithm of each row's sum of
@@ -145,7 +149,7 @@ def flash_attention(
         scale, causal, window, softcap, bias, mask, alibi_slopes, sink, dropout_p, dropout_seed, key_range, query_range,
         query_offset, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
-    reason = support.unsupported(q, k, v, *arguments)
+    reason = support.unsupported(q, k, v, *arguments) or support.unclear("return_lse", return_lse)
     if reason is not None:
         raise reason.exception()
     return judged_attention(q, k, v, *arguments, return_lse)
@@ -162,9 +166,9 @@ def judged_attention(
     heads_first: q, k and v are ``(B, H, S, D)``, as Transformers has them; not in a packed batch.
     """
     if cu_seqlens_q is not None:
-        max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
-    if CHECK_VALUES:
+        max_seqlen_q = longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+    if CHECK_VALUES and not is_traced():
         rows = 2 if heads_first else 0 if cu_seqlens_q is not None else 1
         lengths = q.shape[rows], k.shape[rows]
         _check_values(lengths, key_range, query_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -215,7 +219,10 @@ def _four_dimensions(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None or t.dim() == 4 else t[(None,) * (4 - t.dim())]
 
 
-def _longest(cu_seqlens: torch.Tensor) -> int:
+def longest(cu_seqlens: torch.Tensor) -> int:
+    """Of packed sequences, read from the device."""
+    if is_traced():  # what is read today need not hold tomorrow: the most that there can be, or all rows if fewer
+        return MAX_ROWS
     return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.numel() > 1 else 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import attention, reference
+from . import attention, reference, support
 
 __all__ = [
     "flash_attn_func",
@@ -118,8 +118,8 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError(
-            f"hf_flash [BLOCK_TABLE]: `block_table` has shape {tuple(block_table.shape)}; paged keys and values are "
-            "not supported: gather the pages into k and v (T, H, D) and pass block_table=None"
+            f"hf_flash [BLOCK_TABLE]: `block_table` has shape {tuple(getattr(block_table, 'shape', ()))}; paged keys "
+            "and values are not supported: gather the pages into k and v (T, H, D) and pass block_table=None"
         )
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     options |= _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -170,27 +170,38 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic) -> dict:
+    """flash-attn takes any negative window and softcap for none; all else is judged by flash_attention."""
+    if isinstance(window_size, (tuple, list)):
+        window_size = tuple(-1 if support.is_integer(side) and side < 0 else side for side in window_size)
     return {
         "dropout_p": dropout_p,
         "scale": softmax_scale,
         "causal": causal,
-        "window": tuple(max(-1, side) for side in window_size),
-        "softcap": max(0.0, softcap),
+        "window": window_size,
+        "softcap": 0.0 if support.is_number(softcap) and softcap < 0 else softcap,
         "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic or None,  # None follows torch.use_deterministic_algorithms
+        "deterministic": None if deterministic is False else deterministic,  # None follows torch's own setting
     }
 
 
 def _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> dict:
+    def number(longest, cu_seqlens):
+        if longest is None and isinstance(cu_seqlens, torch.Tensor):
+            return attention.longest(cu_seqlens)
+        integer = isinstance(longest, torch.Tensor) and longest.numel() == 1 and not longest.is_floating_point()
+        return int(longest) if integer else longest  # users of flash-attn take it from cu_seqlens
+
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": int(max_seqlen_q),
-        "max_seqlen_k": int(max_seqlen_k),
+        "max_seqlen_q": number(max_seqlen_q, cu_seqlens_q),
+        "max_seqlen_k": number(max_seqlen_k, cu_seqlens_k),
     }
 
 
 def _unbind(packed, name, count):
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"hf_flash [ARGUMENT]: `{name}` is a {type(packed).__name__}; it must be a torch.Tensor")
     if packed.dim() < 3 or packed.shape[-3] != count:
         raise ValueError(
             f"hf_flash [ARGUMENT]: `{name}` has shape {tuple(packed.shape)}; it must be (..., {count}, H, D): "
@@ -200,7 +211,17 @@ def _unbind(packed, name, count):
 
 
 def _attend(q, k, v, options, return_attn_probs):
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"hf_flash [ARGUMENT]: `{name}` is a {type(t).__name__}; it must be a torch.Tensor")
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    if k.shape[-1] != head_dim:  # padding would make 12 and 14 equal
+        raise ValueError(f"hf_flash [ARGUMENT]: `k` has head_dim {k.shape[-1]} but `q` {head_dim}; they must be equal")
+    for name, size in (("q", head_dim), ("v", head_dim_v)):
+        if size > support.MAX_HEAD_DIM:
+            raise ValueError(
+                f"hf_flash [HEAD_DIM]: `{name}` has head_dim {size}; allowed is up to {support.MAX_HEAD_DIM}"
+            )
     if options["scale"] is None:
         options["scale"] = head_dim**-0.5
     q, k, v = _padded(q), _padded(k), _padded(v)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .attention import flash_attention
+from .attention import flash_attention, longest
 from .packing import key_ranges
+from .support import is_integer
 
 __all__ = ["FlashAttention", "FlashMHA"]
 
@@ -74,10 +75,15 @@ class FlashAttention(nn.Module):
             raise ValueError(
                 "hf_flash [ARGUMENT]: `key_padding_mask` does not go with `cu_seqlens`: a packed batch has no padding"
             )
+        if max_s is not None and not packed:
+            raise ValueError(f"hf_flash [ARGUMENT]: `max_s` is {max_s} without `cu_seqlens`; leave it out")
+        if attn_mask is not None and getattr(attn_mask, "dtype", None) != torch.bool:
+            what = getattr(attn_mask, "dtype", type(attn_mask).__name__)
+            raise TypeError(f"hf_flash [ARGUMENT]: `attn_mask` is {what}; it must be a bool tensor, True = visible")
         options = {"scale": self.softmax_scale, "causal": causal, "mask": attn_mask}
         options["dropout_p"] = self.dropout_p if self.training else 0.0
         if packed:
-            max_s = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if max_s is None else max_s
+            max_s = longest(cu_seqlens) if max_s is None and attn_mask is not None else max_s  # of the mask's shape
             options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             options |= {"max_seqlen_q": max_s, "max_seqlen_k": max_s}
         elif key_padding_mask is not None:
@@ -114,6 +120,8 @@ class FlashMHA(nn.Module):
             raise ValueError(
                 "hf_flash [ARGUMENT]: `batch_first` is False; the input must be (B, S, embed_dim): transpose it"
             )
+        if not is_integer(num_heads) or num_heads < 1:
+            raise ValueError(f"hf_flash [ARGUMENT]: `num_heads` is {num_heads!r}; it must be a positive integer")
         if embed_dim % num_heads or embed_dim // num_heads % 8 or not 0 < embed_dim // num_heads <= 256:
             raise ValueError(
                 f"hf_flash [HEAD_DIM]: `embed_dim` {embed_dim} over `num_heads` {num_heads} gives head_dim "
@@ -142,8 +150,9 @@ def _refuse_weights(need_weights):
 
 def _attend_with_padding(qkv, keep, options):
     """Padding at the ends of the rows becomes ranges; holes, and what may have some, need a mask as well."""
-    if keep.dtype != torch.bool:
-        raise TypeError(f"hf_flash [ARGUMENT]: `key_padding_mask` has dtype {keep.dtype}; it must be bool, True = keep")
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
+        what = keep.dtype if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
+        raise TypeError(f"hf_flash [ARGUMENT]: `key_padding_mask` is {what}; it must be a bool tensor, True = keep")
     if keep.shape != qkv.shape[:2]:
         raise ValueError(
             f"hf_flash [ARGUMENT]: `key_padding_mask` has shape {tuple(keep.shape)}; it must be (B, S) = "

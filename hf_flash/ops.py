@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 _FOLDER = Path(__file__).parent
 LIBRARIES: dict[str, str] = {}  # which library was loaded, or the sentence why not, under "cpu" and "cuda"
@@ -158,6 +159,14 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def _refuse_tangents(*tensors):
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "hf_flash [FORWARD_MODE]: attention has no forward-mode derivative; use eager attention for it, or reverse "
+            "mode (backward, torch.autograd.grad)"
+        )
+
+
 def attention(
     q, k, v, numbers: Numbers, tensors: tuple = (), with_lse: bool = True, heads_first: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -174,10 +183,14 @@ def attention(
         if bias is not None or sink is not None:
             differentiable = bias, sink
             recorded = recorded or any(t is not None and t.requires_grad for t in differentiable)
-    if not (recorded and torch.is_grad_enabled()):
+    if forward_ad._current_level >= 0:  # tangents would be lost in silence
+        _refuse_tangents(q, k, v, *differentiable)
+    elif not (recorded and torch.is_grad_enabled()):
         if heads_first:
             q, k, v = _swap(q, k, v)
         return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
+    if (q is k or q is v or k is v) and torch.compiler.is_compiling():  # where a Function takes no tensor twice
+        k, v = k.view_as(k), v.view_as(v)
     results = _Attention.apply(numbers, tensors, heads_first, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 

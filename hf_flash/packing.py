@@ -134,6 +134,8 @@ def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor
     for holes. So it is where a call is traced. The mask may be a view of ``padding``.
     """
     length = padding.shape[1]
+    if length == 0:
+        return None, None
     ints = padding.to(torch.int32)
     begin = ints.argmax(1)
     count = ints.sum(1)

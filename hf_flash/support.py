@@ -177,26 +177,43 @@ def _scores(name, t, q, dtypes, full) -> Unsupported | None:
     return None
 
 
-def _integer(x) -> bool:
+def is_integer(x) -> bool:
     """True is none here, and a tensor neither: reading it would make the host wait for the device."""
     return type(x) is int or (isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool))
 
 
-def _scalars(window, softcap, scale, dropout_p) -> Unsupported | None:
+def is_number(x) -> bool:
+    """True is none here, and a tensor neither, whose gradient would be lost, but where torch.jit.trace makes some."""
+    if type(x) is float or is_integer(x) or (isinstance(x, (numbers.Real, torch.SymFloat)) and not isinstance(x, bool)):
+        return True
+    return torch.jit.is_tracing() and isinstance(x, torch.Tensor) and x.dim() == 0
+
+
+def unclear(name: str, flag) -> Unsupported | None:
+    """A flag that is neither True nor False; "False" would mean True."""
+    if flag is True or flag is False or type(flag).__name__ in ("bool_", "bool"):  # NumPy's
+        return None
+    return _type(f"`{name}` is {flag!r}; it must be True or False")
+
+
+def _scalars(window, softcap, scale, dropout_p, causal, deterministic) -> Unsupported | None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         return _type(f"`window` is {window!r}; it must be a pair (left, right) of integers, -1 meaning unlimited")
     left, right = window
-    if not (_integer(left) and _integer(right)):
+    if not (is_integer(left) and is_integer(right)):
         return _type(f"`window` is {tuple(window)}; left and right must be integers, -1 meaning unlimited")
     if left < -1 or right < -1:
         return _value(f"`window` is {tuple(window)}; left and right must be -1 (unlimited) or at least 0")
+    for name, x in (("softcap", softcap), ("scale", 1.0 if scale is None else scale), ("dropout_p", dropout_p)):
+        if not (type(x) is float or is_number(x)):
+            return _type(f"`{name}` is {x!r}; it must be a number, and gets no gradient")
     if not 0 <= softcap < math.inf:
         return _value(f"`softcap` is {softcap}; it must be positive and finite, or 0 for none")
     if scale is not None and not 0 < scale < math.inf:
         return _value(f"`scale` is {scale}; it must be positive and finite (None means 1 / sqrt(head_dim))")
     if not 0 <= dropout_p < 1:
         return _value(f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1")
-    return None
+    return unclear("causal", causal) or (None if deterministic is None else unclear("deterministic", deterministic))
 
 
 def _longest(name, longest, packed: bool) -> Unsupported | None:
@@ -205,7 +222,7 @@ def _longest(name, longest, packed: bool) -> Unsupported | None:
         return None
     if not packed:
         return _value(f"`max_seqlen_{name}` is {longest} without cu_seqlens; it is for packed batches, leave it out")
-    if not _integer(longest):
+    if not is_integer(longest):
         return _type(f"`max_seqlen_{name}` is {longest!r}; it must be an int or None, which reads it from the device")
     if longest < 0:
         return _value(f"`max_seqlen_{name}` is {longest}; it must be at least 0 and no less than the longest sequence")
@@ -229,7 +246,8 @@ def unsupported(
         return reason
     shape_q, shape_k = q.shape, k.shape  # each look at a tensor's shape costs a call into torch
     place = 1 if heads_first else -2
-    reason = _shapes(shape_q, shape_k, v.shape, packed, place) or _scalars(window, softcap, scale, dropout_p)
+    reason = _shapes(shape_q, shape_k, v.shape, packed, place)
+    reason = reason or _scalars(window, softcap, scale, dropout_p, causal, deterministic)
     if reason:
         return reason
     device = q.device
@@ -245,15 +263,17 @@ def unsupported(
     reason = _longest("q", max_seqlen_q, packed) or _longest("k", max_seqlen_k, packed)
     if reason:
         return reason
-    batch = cu_seqlens_q.numel() - 1 if packed else shape_q[0]
     ints, longs, floats = (torch.int32,), (torch.int64,), (torch.float32,)
+    reason = _tensor("cu_seqlens_q", cu_seqlens_q, q, ints) if packed else None
+    if reason:
+        return reason
+    batch = cu_seqlens_q.numel() - 1 if packed else shape_q[0]
     if packed:
         if key_range is not None or query_range is not None:
             return _value("`key_range` and `query_range` do not go with `cu_seqlens_q`: shorten the sequences instead")
         if batch < 0 or cu_seqlens_q.dim() != 1:
             return _value(f"`cu_seqlens_q` has shape {tuple(cu_seqlens_q.shape)}; it must be (B + 1,)")
-        reason = _vector("cu_seqlens_q", cu_seqlens_q, q, ints, ((batch + 1,),))
-        reason = reason or _vector("cu_seqlens_k", cu_seqlens_k, q, ints, ((batch + 1,),))
+        reason = _vector("cu_seqlens_k", cu_seqlens_k, q, ints, ((batch + 1,),))
     reason = (
         reason
         or _vector("key_range", key_range, q, ints, ((batch, 2),))
@@ -271,6 +291,8 @@ def unsupported(
         full = (batch, heads, "max_seqlen_q", "max_seqlen_k")
         if bias is not None or mask is not None:
             return _value("`bias` and `mask` in a packed batch need `max_seqlen_q` and `max_seqlen_k`; pass both")
+    if isinstance(alibi_slopes, torch.Tensor) and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return _value("`alibi_slopes` requires grad, but gets no gradient; pass alibi_slopes.detach(), or a `bias`")
     return (
         _vector("alibi_slopes", alibi_slopes, q, floats, ((heads,), (batch, heads)))
         or _vector("sink", sink, q, own, ((heads,),))

@@ -150,3 +150,34 @@ def test_block_table_raises():
 def test_a_tensor_that_is_not_stacked_raises(shape):
     with pytest.raises(ValueError, match=r"`qkv` has shape .*\(\.\.\., 3, H, D\)"):
         flash_attn_qkvpacked_func(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"softcap": float("nan")}, ValueError, ["`softcap`", "nan"]),
+        ({"window_size": (float("nan"), 0)}, TypeError, ["`window`", "nan", "integers"]),
+        ({"window_size": (-2.5, -1)}, TypeError, ["`window`", "-2.5", "integers"]),
+        ({"window_size": 3}, TypeError, ["`window` is 3", "(left, right)"]),
+        ({"deterministic": "no"}, TypeError, ["`deterministic` is 'no'", "True or False"]),
+        ({"q": [1.0]}, TypeError, ["`q` is a list", "torch.Tensor"]),
+        ({"q": torch.zeros(1, 5, 2, 12), "k": torch.zeros(1, 5, 2, 14)}, ValueError, ["`k`", "14", "`q` 12", "equal"]),
+        ({"v": torch.zeros(1, 5, 2, 257)}, ValueError, ["HEAD_DIM", "`v`", "257", "256"]),
+    ],
+)
+def test_bad_values_are_not_swallowed(changes, error, words):
+    given = dict(zip("qkv", make_qkv("cpu", torch.float32, 1, 5, 5), strict=True)) | changes
+    with pytest.raises(error, match="hf_flash") as caught:
+        hf_flash.flash_attn_func(**given)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("longest, error", [(4.9, TypeError), (True, TypeError), ("5", TypeError), (-1, ValueError)])
+def test_bad_lengths_are_not_swallowed(longest, error):
+    """Rounded down, they would leave rows out."""
+    q, k, v = make_qkv("cpu", torch.float32, None, 9, 9)
+    starts = int32([0, 4, 9], "cpu")
+    with pytest.raises(error, match="`max_seqlen_q`"):
+        hf_flash.flash_attn_varlen_func(q, k, v, starts, starts, longest, 5)
+    out = hf_flash.flash_attn_varlen_func(q, k, v, starts, starts, torch.tensor(5), None)
+    assert torch.equal(out, hf_flash.flash_attn_varlen_func(q, k, v, starts, starts, 5, 5))

@@ -83,6 +83,17 @@ def test_packed_is_each_sequence_alone(device, dtype):
             torch.testing.assert_close(out[begin:end], alone[0], rtol=1e-2, atol=1e-3)
 
 
+def test_nothing_to_attend_to():
+    model = FlashMHA(16, 2)
+    assert model(torch.zeros(2, 0, 16), torch.ones(2, 0, dtype=torch.bool))[0].shape == (2, 0, 16)
+    out, _ = FlashAttention()(torch.zeros(0, 3, 2, 8), cu_seqlens=int32([0], "cpu"))
+    assert out.shape == (0, 2, 8)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    qkv = torch.randn(3, 3, 2, 8)
+    packed, _ = FlashAttention()(qkv, cu_seqlens=int32([0, 2, 3], "cpu"), attn_mask=mask)  # of the longest's shape
+    assert torch.equal(packed, FlashAttention()(qkv, cu_seqlens=int32([0, 2, 3], "cpu"))[0])
+
+
 def test_attn_mask(device, dtype):
     qkv = torch.randn(2, 9, 3, 2, 16).to(device, dtype)
     mask = torch.rand(9, 9, device=device) > 0.4
@@ -145,6 +156,17 @@ BAD = {
         "no padding",
     ),
     "mask dtype": (lambda: FlashAttention()(stacked(1, 5, 3, 1, 8), torch.ones(1, 5)), TypeError, "float32.*bool"),
+    "mask type": (lambda: FlashAttention()(stacked(1, 5, 3, 1, 8), [[1] * 5]), TypeError, "a list.*bool"),
+    "attn_mask dtype": (
+        lambda: FlashAttention()(stacked(1, 5, 3, 1, 8), attn_mask=torch.ones(5, 5)),
+        TypeError,
+        "`attn_mask` is torch.float32.*bool",
+    ),
+    "max_s without packing": (
+        lambda: FlashAttention()(stacked(1, 5, 3, 1, 8), max_s=5),
+        ValueError,
+        "`max_s` is 5 without `cu_seqlens`",
+    ),
     "mask shape": (
         lambda: FlashAttention()(stacked(1, 5, 3, 1, 8), torch.ones(1, 4).bool()),
         ValueError,
@@ -152,6 +174,8 @@ BAD = {
     ),
     "batch_first": (lambda: FlashMHA(16, 2, batch_first=False), ValueError, "`batch_first` is False"),
     "heads": (lambda: FlashMHA(20, 2), ValueError, "HEAD_DIM.*`embed_dim` 20.*10.*multiple of 8"),
+    "no heads": (lambda: FlashMHA(16, 0), ValueError, "`num_heads` is 0.*positive integer"),
+    "half heads": (lambda: FlashMHA(16, 2.0), ValueError, "`num_heads` is 2.0.*positive integer"),
     "heads do not divide": (lambda: FlashMHA(16, 3), ValueError, "HEAD_DIM.*16.*3"),
 }
 

@@ -118,6 +118,23 @@ def test_heads_before_rows(device, dtype, extras):
         assert torch.equal(judged_attention(q, k, v, heads_first=True), judged_attention(*map(tensors.get, "qkv")))
 
 
+def test_forward_mode_raises():
+    """A tangent that is lost in silence would be a derivative of zero."""
+    q, k, v = make_qkv("cpu", torch.float32, 1, 8, 8)
+
+    def attend(q):
+        return flash_attention(q, k, v)
+
+    with torch.autograd.forward_ad.dual_level():
+        for given in (q, q.clone().requires_grad_()):
+            dual = torch.autograd.forward_ad.make_dual(given, torch.ones_like(q))
+            with pytest.raises(NotImplementedError, match=r"FORWARD_MODE.*eager.*reverse mode"):
+                attend(dual)
+    for transform in (torch.func.jacfwd(attend), lambda q: torch.func.jvp(attend, (q,), (q,))):
+        with pytest.raises(RuntimeError):
+            transform(q)
+
+
 def test_backward_twice_over_a_kept_graph(device, plain_dtype):
     q, k, v = (t.requires_grad_() for t in make_qkv(device, plain_dtype, 1, 20, 20))
     out = flash_attention(q, k, v, dropout_p=0.3, deterministic=True)

@@ -105,6 +105,44 @@ def test_compile_packed_with_dynamic_shapes(device, plain_dtype):
         agree(results(fast, tensors, *args), results(layer, tensors, *args), plain_dtype)
 
 
+def test_one_tensor_twice(device, plain_dtype):
+    """Dynamo takes no autograd function whose inputs are one tensor."""
+
+    def layer(x, y):
+        return flash_attention(x, x, x, causal=True) + flash_attention(x, y, y)
+
+    tensors = make_qkv(device, plain_dtype, 2, 20, 20)[:2]
+    agree(results(compiled(layer), tensors), results(layer, tensors), plain_dtype)
+
+
+def test_a_rate_that_rounds_to_nothing(device, plain_dtype):
+    def layer(q, k, v):
+        return flash_attention(q, k, v, dropout_p=0.001)
+
+    tensors = make_qkv(device, plain_dtype, 1, 8, 8)
+    with pytest.warns(UserWarning, match="rounds to no dropout"):
+        want = layer(*tensors)
+    assert torch.equal(compiled(layer)(*tensors), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("trace", ["compile", "jit"])
+def test_traced_packed_calls_do_not_remember_the_longest(device, plain_dtype, trace, checked, monkeypatch):
+    """max_seqlen is not read from the sequences of the day of tracing, nor are their values checked then."""
+    monkeypatch.setattr("hf_flash.attention.CHECK_VALUES", checked)
+
+    def layer(q, k, v, starts):
+        return flash_attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts)
+
+    tensors = make_qkv(device, plain_dtype, None, 9, 9)
+    fast = compiled(layer) if trace == "compile" else torch.jit.trace(layer, (*tensors, int32([0, 4, 9], device)))
+    for starts in ([0, 4, 9], [0, 1, 9], [0, 0, 9]):
+        torch.testing.assert_close(
+            fast(*tensors, int32(starts, device)), layer(*tensors, int32(starts, device)), rtol=0, atol=0
+        )
+
+
 def test_compile_with_dropout(device, plain_dtype):
     """The given seed drops the same; without one, the compiled layer draws and its backward uses the same mask."""
 

@@ -61,6 +61,19 @@ BAD = {
     "scale nan": (arguments(scale=float("nan")), ValueError, ["`scale`", "nan", "positive and finite"]),
     "scale inf": (arguments(scale=float("inf")), ValueError, ["`scale`", "inf", "positive and finite"]),
     "scale": (arguments(scale=0.0), ValueError, ["`scale`", "0.0", "positive", "head_dim"]),
+    "scale of a tensor": (arguments(scale=zeros().requires_grad_()), TypeError, ["`scale`", "tensor(0.", "gradient"]),
+    "scale bool": (arguments(scale=True), TypeError, ["`scale` is True", "number"]),
+    "softcap of a tensor": (arguments(softcap=torch.tensor(2.0)), TypeError, ["`softcap`", "tensor(2.)", "number"]),
+    "softcap None": (arguments(softcap=None), TypeError, ["`softcap` is None", "number"]),
+    "dropout string": (arguments(dropout_p="0.1"), TypeError, ["`dropout_p` is '0.1'", "number"]),
+    "causal string": (arguments(causal="False"), TypeError, ["`causal` is 'False'", "True or False"]),
+    "causal number": (arguments(causal=1), TypeError, ["`causal` is 1", "True or False"]),
+    "deterministic string": (arguments(deterministic="no"), TypeError, ["`deterministic` is 'no'", "True or False"]),
+    "return_lse string": (arguments(return_lse="no"), TypeError, ["`return_lse` is 'no'", "True or False"]),
+    "slopes to train": (
+        arguments(alibi_slopes=zeros(4).requires_grad_()), ValueError, ["`alibi_slopes`", "no gradient", "detach"]
+    ),
+    "cu_seqlens list": (packed(cu_seqlens_q=[0, 2, 6]), TypeError, ["`cu_seqlens_q`", "list", "torch.Tensor"]),
     "window": (arguments(window=(-2, 0)), ValueError, ["`window`", "(-2, 0)", "-1"]),
     "window of halves": (arguments(window=(2.5, 0)), TypeError, ["`window`", "(2.5, 0)", "integers", "-1"]),
     "window of None": (arguments(window=(None, 0)), TypeError, ["`window`", "(None, 0)", "integers"]),
@@ -137,6 +150,10 @@ def test_the_bindings_repeat_what_protects_memory():
         )  # fmt: skip
 
     call()
+    assert torch.ops.hf_flash.row_sum(q, q, None).shape == (2, 4, 6)
+    for dout in (q[:1], q.reshape(12, 1, 4, 16), q.flatten(0, 1)):
+        with pytest.raises(RuntimeError, match="must have out's shape"):
+            torch.ops.hf_flash.row_sum(dout, q, None)
     for changes in (
         {"k": k[:1]}, {"v": v[:, :5]}, {"k": k.double()}, {"q": q[..., :12]}, {"bias": zeros(1, 1, 6, 7)},
         {"ranges": int32([[0, 1]], "cpu")}, {"ranges": torch.zeros(2, 2, dtype=torch.int64)}, {"sink": zeros(3)},

@@ -8,13 +8,11 @@ import copy
 
 import pytest
 import torch
+from tiny_models import TINY
 
 import hf_flash
 
 pytestmark = pytest.mark.gpu
-MODELS = [
-    "albert", "bart", "bert", "camembert", "distilbert", "electra", "gpt2", "llama", "roberta", "t5", "xlm-roberta",
-]  # fmt: skip
 ENCODERS = ["albert", "bert", "distilbert"]
 LENGTHS = (5, 1, 7)
 
@@ -63,7 +61,7 @@ def assert_same_step(tiny, models, inputs):
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_step(tiny, models, name, padding):
     trio = models(name)
     for model in trio:

@@ -1,18 +1,15 @@
 """Every architecture on the list: logits, loss and every parameter's gradient against eager attention."""
 
 import pytest
+from tiny_models import TINY
 
 import hf_flash
 from hf_flash.report import calls_of
 
-MODELS = [
-    "albert", "bart", "bert", "camembert", "distilbert", "electra", "gpt2", "llama", "roberta", "t5", "xlm-roberta",
-]  # fmt: skip
-
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_step_equals_eager(tiny, name, padding, mode):
     eager = tiny.make(name).train(mode == "train")
     ours = tiny.twin(eager)
@@ -20,7 +17,7 @@ def test_step_equals_eager(tiny, name, padding, mode):
     assert hf_flash.explain(ours).share == 1.0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_parts_attend_at_all(tiny, name):
     """The comparison above can fail: hiding one key changes the logits by far more than its tolerance."""
     model = tiny.twin(tiny.make(name))
@@ -31,7 +28,7 @@ def test_parts_attend_at_all(tiny, name):
     assert (tiny.step(model, inputs)[0] - before).abs().max() > 1e-3 * before.abs().max()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_every_module_is_served(tiny, name):
     model = tiny.twin(tiny.make(name))
     model(**tiny.batch(name))

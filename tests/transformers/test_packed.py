@@ -5,12 +5,13 @@ import inspect
 import pytest
 import torch
 import transformers
+from tiny_models import TINY
 
 import hf_flash
 from hf_flash.registry import through_interface
 
 LENGTHS = (5, 1, 7)
-MODELS = ["albert", "bert", "camembert", "distilbert", "electra", "gpt2", "llama", "roberta", "xlm-roberta"]
+MODELS = sorted(name for name, model in TINY.items() if model.kind != "seq2seq")
 
 
 def sequences():
