@@ -68,7 +68,7 @@ def _served(feature: str, device: str, dtype: torch.dtype) -> str | support.Unsu
 
 
 def doctor() -> int:
-    """Prints versions, libraries, GPUs and which kernel serves which feature; 0 when some kernel can run."""
+    """Prints versions, libraries, GPUs and which kernel serves which feature."""
     print(f"hf_flash      {__version__} ({Path(__file__).parent})")
     print(f"python        {platform.python_version()} on {platform.machine()}")
     for package in ("torch", "transformers", "accelerate"):

@@ -192,9 +192,21 @@ struct ForwardWarpgroup {
   }
 };
 
-// The tiles of all pieces of work form one stream. A step computes the scores of the next tile, be it of the next piece
-// of work, while P V of the current one is under way. Between the start of a product and its wait no branch may hide
-// another one: ptxas would let them run one after the other.
+// The tiles of all pieces of work form one stream; those of a piece come from its last keys, which a causal mask cuts,
+// to its first. A step computes the scores of the next tile, be it of the next piece of work, while P V of the current
+// one is under way:
+//
+//   S = Q K^T                        of the next tile, with this warpgroup's turn; K from its ring's k_place
+//   O += P V                         of the current one, behind it; V from its ring's `tiles`
+//   S: softcap, ALiBi, bias, masks   complete_scores(), once S is there
+//   m = max(m, rowmax S)             unless the tiles before are trusted to have it (kTrusts)
+//   P = exp(S - m), l += rowsum P    exponentiate(); a part of it, or all, before the wait for O (kFirst, kOrder)
+//   O *= exp(m before - m)           finish_output(); where a piece of work ends O / l and lse leave instead
+//   P = dropped and rounded          round_probabilities()
+//   where kTrusts: l too large?      add_sums(), which then computes P again; kChecksLate: while the next S runs
+//
+// Between the start of a product and its wait no branch may hide another one: ptxas would let them run one after the
+// other.
 template <class Traits>
 __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardMaps& maps,
                                         const ForwardShared<Traits>& shared, int warpgroup) {
@@ -204,7 +216,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const ForwardM
   uint32_t n = 0, tiles = 0, k_place = 0;                       // pieces of work and key tiles: places in the rings
   shared.q.wait_full(n);
   const ForwardPlan<Traits>* plan = &shared.plan(n);
-  if (plan->row0 < 0) return;
+  if (plan->row0 < 0) return;  // there is no more work
   state.keep_range(*plan);
   int tile = plan->tiles.end - 1;
   RowVector<16> correction;
