@@ -1,8 +1,8 @@
-"""Everything that Transformers sees: the attention function, the mask function, and how their names get registered.
+"""Everything that Transformers sees: the attention function, and how it and the mask function get registered.
 
-This is the only file that touches Transformers' private names; ``tests/transformers`` runs on the newest release, and
-for some models on older ones (``make test-oldest``). The word "flash" in our name makes Transformers look for a package
-of flash-attn's functions (``_lazy_imports``), so :func:`install` answers that question for our name.
+This file and ``masks.py`` alone touch Transformers' private names; ``tests/transformers`` runs on the newest release,
+and for some models on older ones (``make test-oldest``). The word "flash" in our name makes Transformers look for a
+package of flash-attn's functions (``_lazy_imports``), so :func:`install` answers that question for our name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import transformers
 if int(transformers.__version__.partition(".")[0]) < 5:  # some import well and then lose a model's causality
     raise ImportError(f"transformers >= 5.0 is needed, this is {transformers.__version__}")
 
-import transformers.masking_utils as masking
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -27,6 +26,7 @@ except ImportError:  # transformers 5.0
 
 from . import attention, packing, registry, report, support
 from .fallback import Options, fall_back, options_of, precision
+from .masks import make_mask
 from .packing import Visibility, is_traced, key_ranges, packing_from_cu_seqlens, packing_from_ids, tokens_of_heads
 from .support import Unsupported
 
@@ -34,100 +34,12 @@ NAME = "hf_flash"
 
 # Keywords that carry no meaning for the attention itself; any other that is not None makes the call fall back.
 _PASSIVE = {
-    "cache_position", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
-    "output_router_logits", "past_key_values", "position_embeddings", "query_length", "return_dict", "token_type_ids",
-    "use_cache",
+    "cache_position", "ignore_index", "labels", "layer_idx", "logits_to_keep", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "query_length",
+    "return_dict", "shift_labels", "token_type_ids", "use_cache",
 }  # fmt: skip
 
 _PAGES = ("block_table", "read_index", "write_index")  # of continuous batching's cache
-
-
-# ---------------------------------------------------------------- masks
-
-
-def _closure(function) -> dict:
-    cells = (cell.cell_contents for cell in function.__closure__ or ())
-    return dict(zip(function.__code__.co_freevars, cells, strict=True))
-
-
-def _narrower(a: int, b: int) -> int:
-    return max(a, b) if min(a, b) < 0 else min(a, b)
-
-
-def recognise(function) -> tuple[tuple[int, int], torch.Tensor | None] | None:
-    """A mask function as ((window_left, window_right), sequence numbers), None when it is something else.
-
-    Windows and packing arrive as closures, told apart by the function of masking_utils that made them.
-    """
-    if function is masking.causal_mask_function:
-        return (-1, 0), None
-    if function is masking.bidirectional_mask_function:
-        return (-1, -1), None
-    if torch.compiler.is_compiling() or getattr(function, "__module__", None) != masking.__name__:
-        return None
-    maker, cells = function.__qualname__.partition(".")[0], _closure(function)
-    if maker == "sliding_window_overlay" and cells["sliding_window"] > 0:
-        return (cells["sliding_window"] - 1, -1), None
-    if maker == "sliding_window_bidirectional_overlay" and cells["sliding_window"] >= 0:
-        return (cells["sliding_window"], cells["sliding_window"]), None
-    if maker == "packed_sequence_mask_function":
-        return (-1, -1), cells["packed_sequence_mask"]
-    if maker == "remap_positions_for_packed_sequence":  # windows count differences, which packed positions keep
-        return recognise(cells["mask_function"])
-    if maker != "and_masks":
-        return None
-    window, ids = (-1, -1), None
-    for part in cells["mask_functions"]:
-        found = recognise(part)
-        if found is None or (ids is not None and found[1] is not None):
-            return None
-        window = (_narrower(window[0], found[0][0]), _narrower(window[1], found[0][1]))
-        ids = found[1] if ids is None else ids
-    return window, ids
-
-
-def make_mask(
-    batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=masking.causal_mask_function,
-    attention_mask=None, cache_position=None, **kwargs,
-) -> Visibility:  # fmt: skip
-    """Transformers' mask function: called once per forward pass, its answer goes to every layer.
-
-    Never None, so a model that does not hand its mask to our attention function fails loudly.
-    """
-    if isinstance(attention_mask, Visibility):  # made in advance by generate() for a static cache
-        return attention_mask
-    counts_up = True
-    if cache_position is not None:  # transformers 5.0
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
-        kwargs["cache_position"] = cache_position
-        if not is_traced() and q_length > 1:
-            counts_up = bool((cache_position.diff() == 1).all())
-    else:
-        kwargs |= {"q_length": q_length, "q_offset": q_offset}
-    found = recognise(mask_function) if counts_up else None
-    if found is None:
-        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        dense = masking.sdpa_mask(
-            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, **kwargs,
-        )  # fmt: skip
-        return Visibility(batch_size, q_length, kv_length, mask=dense)
-    window, ids = found
-    offset = q_offset - kv_offset
-    if isinstance(offset, torch.Tensor) and offset.device.type == "cpu" and not is_traced():
-        offset = int(offset)
-    key_range = mask = None
-    if attention_mask is not None:
-        padding = masking.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        padding = padding[0] if isinstance(padding, tuple) else padding
-        key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool, copy=True))
-    return Visibility(
-        batch_size, q_length, kv_length, window=window, query_offset=offset, key_range=key_range, mask=mask, ids=ids,
-        unpadded=attention_mask is None and ids is None,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------- attention
 
 
 def _implied(module, q_length, k_length, is_causal, sliding_window, padding=None) -> Visibility:
@@ -173,6 +85,9 @@ def _packed(visible, behaviour, module, query, key, position_ids, cu_seq_lens, s
     one_row = query.shape[0] == 1 and query.shape[2] > 1
     cross = behaviour.is_cross(module)
     if cu_q is not None or cu_k is not None or (seq_idx is not None and one_row):
+        whole = (cu_q is None) == (cu_k is None) and isinstance(visible, Visibility) and visible.own_mask
+        if is_traced() and one_row and not cross and whole:
+            return visible.with_dense_packing(cu_q, cu_k, seq_idx)
         # Transformers may have read this packing out of position_ids already (visible.ids); cu_seq_lens repeats it
         if cross or not isinstance(visible, Visibility) or visible.hides_keys():
             what = "an attention_mask that hides keys; pass padded batches there, or packed ones without a mask"
@@ -268,6 +183,8 @@ def attention_forward(
     reason = _refusal(behaviour, module, options, output_attentions, cache, others)
     q, k, v, out_dtype = precision(query, key, value, options)
     if reason is None:
+        if k.shape[0] != q.shape[0] and k.shape[0] == 1:  # one encoder output for several decoder rows
+            k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
         call = {
             "scale": scaling, "softcap": softcap or 0.0, "dropout_p": dropout,
             "deterministic": options.deterministic if options.deterministic is not None else deterministic,
@@ -351,16 +268,17 @@ def _raise_for(model) -> None:
 
 
 def _check_model(original):
-    """Refuse models off the list where from_pretrained, from_config and set_attn_implementation come by."""
+    """Refuse models off the list where from_pretrained, from_config and set_attn_implementation come by, before
+    Transformers looks for other kernels with "flash" in their name."""
 
     @functools.wraps(original)
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        if requested_attention == NAME:
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation == NAME:
             _raise_for(self)
             attach_rules(self)
-        return original(self, requested_attention, *args, **kwargs)
+        return original(self, attn_implementation, *args, **kwargs)
 
-    return get_correct_attn_implementation
+    return _check_and_adjust_attn_implementation
 
 
 def _check_switch(original):
@@ -385,7 +303,9 @@ def install() -> None:
         return
     registry.load_patches()
     flash_utils._lazy_imports = _answer_lazy_imports(flash_utils._lazy_imports)
-    PreTrainedModel.get_correct_attn_implementation = _check_model(PreTrainedModel.get_correct_attn_implementation)
+    PreTrainedModel._check_and_adjust_attn_implementation = _check_model(
+        PreTrainedModel._check_and_adjust_attn_implementation
+    )
     PreTrainedModel.set_attn_implementation = _check_switch(PreTrainedModel.set_attn_implementation)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)

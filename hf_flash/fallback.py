@@ -36,7 +36,7 @@ def options_of(module: nn.Module) -> Options:
 def precision(query, key, value, options: Options):
     """q, k and v in the dtype to attend in: autocast's, or the one that patch_model's fp32 argument names."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         narrow = [t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (query, key, value)]
         return *narrow, narrow[0].dtype

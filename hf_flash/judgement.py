@@ -115,6 +115,13 @@ def patterns_of(given) -> tuple[str, ...] | Callable | None:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+_ALL_WEIGHTS = Unsupported(
+    "OUTPUT_ATTENTIONS",
+    "its config has output_attentions=True, and a fused kernel stores no weights; set it to False, and pass "
+    "output_attentions=True to the calls that need them, which then fall back",
+)
+
+
 def judge(attentions: list[Found], wanted: set[int]) -> dict[int, Unsupported | None]:
     """id of each attention module -> why it stays as it is, None where it can be patched.
 
@@ -131,6 +138,8 @@ def judge(attentions: list[Found], wanted: set[int]) -> dict[int, Unsupported | 
                 blocked.setdefault(id(found.config), found)
         elif id(found.module) in wanted:
             useful.add(id(found.config))
+            if getattr(found.config, "output_attentions", False):  # Transformers would save no such config
+                found.reason = _ALL_WEIGHTS
     reasons = {}
     for found in attentions:
         reason = found.reason

@@ -1,6 +1,6 @@
 """Padding masks, key ranges and packed sequences: one picture of who sees whom, made once per forward pass.
 
-:class:`Visibility` is what the mask function of ``backend.py`` hands to a model instead of a quadratic mask; every
+:class:`Visibility` is what the mask function of ``masks.py`` hands to a model instead of a quadratic mask; every
 layer turns it into arguments of :func:`hf_flash.flash_attention`. ``Visibility.dense`` says the same as a bool matrix,
 for the calls that fall back and for the tests.
 """
@@ -118,6 +118,9 @@ def packed_bias(bias: torch.Tensor, relative: bool, call: dict) -> torch.Tensor:
             f"hf_flash [PACKED]: packed sequences with a bias of shape {tuple(bias.shape)}, which may differ from "
             "sequence to sequence; pass padded batches instead"
         )
+    for name, size in zip(("max_seqlen_q", "max_seqlen_k"), bias.shape[-2:], strict=True):
+        if size > 1:  # more than there are tokens are allowed
+            call[name] = min(call[name], size)
     return bias[..., : call["max_seqlen_q"], : call["max_seqlen_k"]]
 
 
@@ -141,7 +144,8 @@ def key_ranges(padding: torch.Tensor, waits: bool = False) -> tuple[torch.Tensor
     count = ints.sum(1)
     end = torch.where(count > 0, length - ints.flip(1).argmax(1), begin)
     ranges = torch.stack([begin, end], 1).to(torch.int32)
-    if is_traced() or not (waits or padding.device.type == "cpu"):
+    readable = type(padding) is torch.Tensor  # a subclass may have no values: FakeTensor
+    if is_traced() or not readable or not (waits or padding.device.type == "cpu"):
         return ranges, padding[:, None, None, :]
     all_visible, no_holes = torch.stack([count.eq(length).all(), count.eq(end - begin).all()]).tolist()
     if all_visible:
@@ -158,18 +162,20 @@ class Visibility:
 
     batch, q_length, k_length: what it was made for. query_offset: int, or an int tensor of one element on the device.
     key_range: int32 (B, 2). mask: bool, broadcasts to (B, 1, Sq, Sk). ids: int (B, S), each token's sequence number.
-    unpadded: no padding mask was given, so restarting positions mean packed sequences.
+    unpadded: no padding mask was given, so restarting positions mean packed sequences. own_mask: nor is ``mask`` the
+    user's; Transformers made it.
     """
 
     ndim = 4  # Transformers asks a mask for these: a mask of four dimensions is passed on as it is
 
     def __init__(
         self, batch, q_length, k_length, *, window=(-1, -1), query_offset=0, key_range=None, mask=None, ids=None,
-        packing=None, unpadded=False,
+        packing=None, unpadded=False, own_mask=False,
     ):  # fmt: skip
         self.batch, self.q_length, self.k_length = batch, q_length, k_length
         self.window, self.query_offset = window, query_offset
-        self.key_range, self.mask, self.ids, self.unpadded = key_range, mask, ids, unpadded
+        self.key_range, self.mask, self.ids = key_range, mask, ids
+        self.unpadded, self.own_mask = unpadded, own_mask
         self._packing = packing
         self._offsets = {}
         self._positions = None
@@ -185,6 +191,12 @@ class Visibility:
         tensors = (self.key_range, self.mask, self.ids, self.query_offset, packed)
         return next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
 
+    def __radd__(self, scores):
+        raise TypeError(
+            "hf_flash [MODEL]: an attention module adds its mask to its scores itself, so it does not go through "
+            "Transformers' attention interface and cannot use attn_implementation='hf_flash'; keep 'sdpa' or 'eager'"
+        )
+
     def contiguous(self) -> Visibility:
         return self
 
@@ -199,7 +211,7 @@ class Visibility:
         return Visibility(
             self.batch, self.q_length, self.k_length, window=self.window, query_offset=move(self.query_offset),
             key_range=move(self.key_range), mask=move(self.mask), ids=move(self.ids), packing=move(self._packing),
-            unpadded=self.unpadded,
+            unpadded=self.unpadded, own_mask=self.own_mask,
         )  # fmt: skip
 
     def packing(self) -> Packing | None:
@@ -225,6 +237,14 @@ class Visibility:
                 return packed
             self._positions = (key, packed)
         return self._positions[1]
+
+    def with_dense_packing(self, cu_seqlens_q, cu_seqlens_k, ids) -> Visibility:
+        """Self's mask without what lies in another packed sequence, where cu_seqlens' values cannot be looked at."""
+        if cu_seqlens_q is not None:
+            same = Packing(cu_seqlens_q, cu_seqlens_k, 0, 0).dense(1, self.q_length, self.k_length)
+        else:
+            same = ids.reshape(1, 1, -1, 1) == ids.reshape(1, 1, 1, -1)
+        return Visibility(1, self.q_length, self.k_length, mask=self.mask & same)
 
     def _with_ids(self, ids) -> Visibility:
         return Visibility(self.batch, self.q_length, self.k_length, window=self.window, ids=ids)
@@ -254,7 +274,7 @@ class Visibility:
             if offset is not None:
                 arguments["query_offset"] = offset
         key_range = self.key_range
-        if key_range is None and k_length > self.k_length:
+        if key_range is None and k_length > self._last_key(k_length):
             key_range = torch.tensor([[0, self.k_length]], dtype=torch.int32, device=device)
         if key_range is not None:
             arguments["key_range"] = key_range if key_range.shape[0] == batch else key_range.expand(batch, 2)
@@ -264,6 +284,13 @@ class Visibility:
 
     def _dense_arguments(self, batch, q_length, k_length) -> dict:
         return {"mask": self.dense(batch, q_length, k_length, self.ids.device)}
+
+    def _last_key(self, k_length: int) -> int:
+        """Keys from here on are not seen. Where nothing restricts a call, all are: encoders make this without knowing
+        of the cache whose keys a prefix tuning puts in front, and their own attention has no mask then."""
+        restricted = self.ids is not None or self._packing is not None or self.mask is not None
+        free = self.unpadded and self.window == (-1, -1) and self.key_range is None and not restricted
+        return k_length if free else self.k_length
 
     def _check(self, batch, q_length, k_length) -> None:
         rows_matter = self.mask is not None and self.mask.shape[2] > 1
@@ -300,7 +327,9 @@ class Visibility:
 
     def is_plain(self, q_length: int, k_length: int) -> str | None:
         """ "full" or "causal" where scaled_dot_product_attention needs no mask, otherwise None."""
-        if self.ids is not None or self._packing is not None or self.k_length < k_length or self.hides_keys():
+        if self.ids is not None or self._packing is not None or self._last_key(k_length) < k_length:
+            return None
+        if self.hides_keys():
             return None
         if self.window == (-1, -1):
             return "full"
@@ -317,7 +346,7 @@ class Visibility:
             offset = 0 if self.ids is not None else self.query_offset
             distance = j - i - (offset.to(device).reshape(-1, 1, 1, 1) if isinstance(offset, torch.Tensor) else offset)
         left, right = self.window
-        visible = (j < self.k_length).expand(1, 1, q_length, k_length)
+        visible = (j < self._last_key(k_length)).expand(1, 1, q_length, k_length)
         if left >= 0:
             visible = visible & (distance >= -left)
         if right >= 0:

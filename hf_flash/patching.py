@@ -208,15 +208,17 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
     for config, names in changes:
         config.write_back(names)
     for module, record in records:
-        for name, config in record.configs.items():
-            if module.__dict__.get(name) is config.private:
-                module.__dict__[name] = config.original
         if record.original_class is not None:
             _change_class(module, record.original_class)
         if record.calls is not None:
             report.keep(module, record.calls)
         del module.__dict__[RECORD]
     if records:
+        originals = {id(config.private): config.original for config in configs.values()}
+        for module in model.modules():  # those made from a private config since then too
+            for name, value in module.__dict__.items():
+                if id(value) in originals:
+                    module.__dict__[name] = originals[id(value)]
         backend.detach_rules(model)
     if not _keep_counts:
         for module in model.modules():
@@ -250,9 +252,19 @@ def patched(model: nn.Module, **arguments):
     """``with hf_flash.patched(model): ...`` patches for a block of code and restores, after an exception too.
 
     Arguments as for :func:`patch_model`. A model that was patched before, or a part of it, is so again afterwards.
+
+    Raises:
+        ValueError: which of its attention modules are patched is not what patch_model was asked for with the model or
+        with a part of it: the model is a part of what it was called with, or parts were unpatched since.
     """
     records = [(module, getattr(module, RECORD, None)) for module in model.modules()]
     before = [(module, record.request) for module, record in records if record is not None and record.request]
+    recorded = {id(found.module) for found in attentions_of(model) if _options(found.module) is not None}
+    if recorded != set().union(*(_patchable(module, request) for module, request in before)):
+        raise ValueError(
+            f"hf_flash: `model` is a {type(model).__name__} whose attention modules are not those that one patch_model "
+            "call patched, so they could not be patched again afterwards; call patched() with that call's model"
+        )
     patch_model(model, **arguments)
     try:
         yield model
@@ -262,13 +274,24 @@ def patched(model: nn.Module, **arguments):
             patch_model(module, **request)
 
 
+def _patchable(model: nn.Module, request: dict) -> set[int]:
+    """id of each attention module that patch_model puts a record on."""
+    attentions = attentions_of(model)
+    wanted = {id(found.module) for found in attentions if selected(found, request["include"], request["exclude"])}
+    return {key for key, reason in judge(attentions, wanted).items() if reason is None}
+
+
+def _options(module: nn.Module) -> Options | None:
+    return getattr(module.__dict__.get(RECORD), "options", None)
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model uses hf_flash, through patch_model or attn_implementation."""
     return any(_uses_us(found) for found in attentions_of(model))
 
 
 def _uses_us(found: Found) -> bool:
-    config, options = found.config, getattr(getattr(found.module, RECORD, None), "options", None)
+    config, options = found.config, _options(found.module)
     excluded = options is not None and options.excluded
     return found.reason is None and config is not None and config._attn_implementation == backend.NAME and not excluded
 
@@ -279,14 +302,15 @@ def explain(model: nn.Module) -> Report:
     Each row says "patched", "fallback" (patched, but calls went to Transformers' attention) or "skipped", the reason's
     code, and how many calls our kernel served; ``Report.share`` is the share over all calls so far.
     """
-    rows = []
+    rows, request = [], getattr(model.__dict__.get(RECORD), "request", None)
     for found in attentions_of(model):
         row = Row(found.name, original_class(found.module).__name__, "patched")
         if not _uses_us(found):
-            options = getattr(getattr(found.module, RECORD, None), "options", None)
+            options = _options(found.module)
+            left_out = request is not None and not selected(found, request["include"], request["exclude"])
             reason = found.reason or (
                 Unsupported("EXCLUDED", "patch_model was told to leave this module out")
-                if options is not None and options.excluded
+                if left_out or (options is not None and options.excluded)
                 else Unsupported("NOT_PATCHED", "hf_flash.patch_model(model) or attn_implementation='hf_flash' uses it")
             )
             row.status, row.code, row.sentence = "skipped", reason.code, reason.sentence

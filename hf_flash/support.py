@@ -212,7 +212,8 @@ def _scalars(window, softcap, scale, dropout_p, causal, deterministic) -> Unsupp
     if scale is not None and not 0 < scale < math.inf:
         return _value(f"`scale` is {scale}; it must be positive and finite (None means 1 / sqrt(head_dim))")
     if not 0 <= dropout_p < 1:
-        return _value(f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1")
+        sentence = f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1"
+        return Unsupported("DROPOUT", sentence, ValueError) if dropout_p == 1 else _value(sentence)
     return unclear("causal", causal) or (None if deterministic is None else unclear("deterministic", deterministic))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import TrainerCallback
 
 from .patching import explain, is_patched, patch_model, unpatch_model
-from .report import Report, logger
+from .report import RECORD, Report, logger
 
 __all__ = ["FlashAttentionCallback"]
 
@@ -28,7 +28,8 @@ class FlashAttentionCallback(TrainerCallback):
     def __init__(self, *, restore_on_train_end: bool = False, **arguments):
         self.restore_on_train_end = restore_on_train_end
         self.arguments = arguments
-        self.model = None
+        self.model = None  # patched by this callback
+        self._seen = None
         self._last: Report | None = None  # of a model that was restored
 
     def _patch(self, model) -> None:
@@ -36,25 +37,37 @@ class FlashAttentionCallback(TrainerCallback):
             return
         if self.model is not None and self.model is not model:
             self.restore()
-        already = self.model is model or is_patched(model)
-        if self.model is None and is_patched(model):
-            return  # patched by the user, who decides when that ends
+        already, self._seen = self.model is model or is_patched(model), model
+        if self.model is None and any(RECORD in module.__dict__ for module in model.modules()):
+            self._leave(model)
+            return
         patch_model(model, **self.arguments)
         self.model = model
         if not already:
             logger.info("%s", explain(model))
+
+    def _leave(self, model) -> None:
+        """Patched by the user, who decides how, and when that ends."""
+        rows = explain(model).rows
+        count = sum(row.status != "skipped" for row in rows)
+        if self.arguments or count < len(rows):
+            logger.warning(
+                "FlashAttentionCallback leaves %s as patch_model made it, with %d of %d attention modules patched; its "
+                "own arguments (%s) are not used: call unpatch_model before, or pass them to patch_model",
+                type(model).__name__, count, len(rows), ", ".join(self.arguments) or "none",
+            )  # fmt: skip
 
     def restore(self) -> None:
         """Undo the patch now. Does nothing when this callback patched nothing."""
         if self.model is not None:
             self._last = explain(self.model)
             unpatch_model(self.model)
-            self.model = None
+            self.model = self._seen = None
 
     def report(self) -> Report | None:
         """What ran where (:func:`hf_flash.explain`), up to now or to where the model was restored; None before the
         model is known."""
-        return self._last if self.model is None else explain(self.model)
+        return self._last if self._seen is None else explain(self._seen)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._patch(model)

@@ -17,14 +17,14 @@ def _packed(module, given: dict, window) -> Visibility | None:
     """The packing that a model's arguments announce, None where they announce none."""
     ids = given.get("input_ids")
     shape = ids.shape if ids is not None else given["inputs_embeds"].shape[:2]
-    extra, positions = given.get("kwargs", {}), given.get("position_ids")
-    cache = next((found[name] for found in (given, extra) for name in CACHE if found.get(name) is not None), None)
+    positions = given.get("position_ids")
+    cache = next((given[name] for name in CACHE if given.get(name) is not None), None)
     if shape[0] != 1 or given.get("attention_mask") is not None:
         return None
-    if cache is not None and cache.get_seq_length() > 0:
-        return None
-    if extra.get("cu_seq_lens_q") is not None and extra.get("cu_seq_lens_k") is not None:
-        packing = packing_from_cu_seqlens(*(extra.get(name) for name in KEYWORDS))
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        return None  # continuous batching's cache tells no length
+    if given.get("cu_seq_lens_q") is not None and given.get("cu_seq_lens_k") is not None:
+        packing = packing_from_cu_seqlens(*(given.get(name) for name in KEYWORDS))
         return Visibility(1, shape[1], shape[1], window=window, packing=packing)
     if positions is None or positions.shape != (1, shape[1]):
         return None
@@ -37,10 +37,14 @@ def _packed(module, given: dict, window) -> Visibility | None:
 def _announce(module, args, kwargs, window):
     if module.config._attn_implementation != "hf_flash":
         return None
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    signature = inspect.signature(module.forward)  # perhaps a forward that was replaced by one of any arguments
+    given = signature.bind_partial(*args, **kwargs).arguments
+    keeps_weights = given.get("output_attentions")
+    others = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    given |= given.pop(others, {})
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return None  # the model itself will complain
-    if given.get("output_attentions"):  # an argument of its own is not handed on; newer releases collect by hooks
+    if keeps_weights:  # an argument of its own is not handed on; newer releases collect by hooks
         raise ValueError(
             f"hf_flash [OUTPUT_ATTENTIONS]: {type(module).__name__} of this Transformers release does not tell its "
             "attention about output_attentions=True; unpatch the model for that call, or use a newer release"
@@ -48,8 +52,13 @@ def _announce(module, args, kwargs, window):
     visible = _packed(module, given, window)
     if visible is None:
         return None
-    names = list(inspect.signature(module.forward).parameters)
-    place = names.index("attention_mask")
+    if given.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            f"hf_flash [PACKED]: {type(module).__name__} got packed sequences together with encoder_hidden_states: "
+            "which part belongs to which is not known. Pass padded batches instead"
+        )
+    names = list(signature.parameters)
+    place = names.index("attention_mask") if "attention_mask" in names else len(args)
     kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
     if place < len(args):
         return (*args[:place], visible, *args[place + 1 :]), kwargs

@@ -9,6 +9,7 @@ import re
 # What is not listed (reference, version, ...) stands on torch alone.
 MAY_IMPORT_TRANSFORMERS = {
     "backend",
+    "masks",
     "patching",
     "judgement",
     "record",

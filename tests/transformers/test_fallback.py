@@ -333,9 +333,10 @@ def test_paged_cache_is_refused(tiny):
 
 
 @pytest.mark.skipif(not hasattr(transformers.PreTrainedModel, "generate_batch"), reason="no continuous batching here")
-def test_continuous_batching_falls_back_to_the_same_tokens(tiny):
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_continuous_batching_falls_back_to_the_same_tokens(tiny, name):
     """Its queries are the last ones of longer rows of keys, all sequences side by side."""
-    model = tiny.make("llama", "sdpa")
+    model = tiny.make(name, "sdpa")
     settings = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18]]
 
@@ -347,3 +348,28 @@ def test_continuous_batching_falls_back_to_the_same_tokens(tiny):
     hf_flash.patch_model(model, on_fallback="ignore")
     assert tokens() == wanted and len(wanted) == 3
     assert {row.code for row in hf_flash.explain(model).rows} == {"PAGED_CACHE"}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_labels_change_nothing(tiny, name):
+    """Seq2SeqTrainer hands them to generate(), which hands them to the encoder's attention."""
+    model, inputs = tiny.twin(tiny.make(name)), tiny.batch(name)
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
+    tokens = model.generate(**given, max_new_tokens=5, do_sample=False)
+    assert torch.equal(tokens, tiny.make(name).generate(**given, max_new_tokens=5, do_sample=False))
+    assert hf_flash.explain(model).share == 1.0
+
+
+def test_dropout_of_everything_falls_back(tiny):
+    eager = tiny.make("bert", attention_probs_dropout_prob=1.0).train()
+    ours = hf_flash.patch_model(copy.deepcopy(eager), on_fallback="ignore")
+    tiny.assert_same_step(eager, ours, tiny.batch("bert"))
+    assert hf_flash.explain(ours).reasons().keys() == {"DROPOUT"}
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_the_meta_device(tiny, name):
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    ours = hf_flash.patch_model(tiny.make(name).to("meta"), on_fallback="ignore")
+    assert ours(ids).logits.shape == tiny.make(name).to("meta")(ids).logits.shape
+    assert hf_flash.explain(ours).reasons().keys() == {"DEVICE"}

@@ -63,3 +63,11 @@ def test_gpt2_scores(tiny, config):
     tiny.assert_same_step(eager, ours, tiny.batch("gpt2", "right"))
     told = hasattr(eager.transformer.h[0].attn, "scaling") or "reorder_and_upcast_attn" in config
     assert hf_flash.explain(ours).reasons().keys() == (set() if told else {"SCALING"})
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_one_encoder_output_for_several_rows(tiny, name):
+    eager = tiny.make(name)
+    encoded = eager.get_encoder()(input_ids=torch.arange(3, 12)[None])
+    given = {"encoder_outputs": encoded, "decoder_input_ids": torch.arange(3, 18).view(3, 5), "use_cache": False}
+    torch.testing.assert_close(tiny.twin(eager)(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-4)

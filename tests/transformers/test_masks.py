@@ -5,10 +5,11 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers import masking_utils as masking
 
-from hf_flash.backend import make_mask, recognise
-from hf_flash.packing import Visibility
+from hf_flash.masks import make_mask, recognise
+from hf_flash.packing import Visibility, key_ranges
 
 NEWER = "q_length" in inspect.signature(masking.sdpa_mask).parameters  # transformers 5.0 passes cache_position instead
 BATCH = 3
@@ -191,3 +192,32 @@ def test_shifted_window_would_be_seen():
     for window in [(1, 0), (3, 0), (2, 1)]:
         ours.window = window
         assert not torch.equal(expand(ours.arguments(BATCH, 6, 6, "cpu"), 6, 6), theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["bert", "electra", "roberta"])
+def test_keys_of_a_prefix(tiny, name, masked):
+    """Prefix tuning puts a cache in front of an encoder, which makes its mask without knowing of it."""
+
+    def run(attention):
+        model, cache, generator = tiny.make(name, attention), DynamicCache(), torch.Generator().manual_seed(3)
+        prefix = [torch.randn(3, 4, 5, 8, generator=generator).requires_grad_() for _ in range(4)]
+        for layer in range(2):
+            cache.update(*prefix[2 * layer : 2 * layer + 2], layer)
+        mask = torch.ones(3, 18, dtype=torch.long) if masked else None
+        out = model(tiny.batch(name)["input_ids"], attention_mask=mask, past_key_values=cache).logits
+        return out.detach(), *torch.autograd.grad(out.square().sum(), prefix)
+
+    for want, got in zip(run("eager"), run("hf_flash"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max())
+
+
+def test_fake_tensors_of_padding_are_not_read():
+    with torch._subclasses.FakeTensorMode():
+        ranges, mask = key_ranges(torch.ones(2, 7, dtype=torch.bool))
+    assert ranges.shape == (2, 2) and mask.shape == (2, 1, 1, 7)
+
+
+def test_adding_a_mask_to_scores_says_what_is_wrong():
+    with pytest.raises(TypeError, match=r"hf_flash \[MODEL\].*adds its mask to its scores"):
+        torch.zeros(1, 1, 4, 4) + make_mask(1, 4, 4)

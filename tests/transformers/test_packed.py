@@ -194,3 +194,37 @@ def test_restarting_positions_beside_a_full_mask_are_positions(tiny, name):
     torch.testing.assert_close(
         tiny.twin(model)(**inputs).logits, wanted, rtol=1e-4, atol=float(1e-4 * wanted.abs().max())
     )
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_by_keywords_under_compile(tiny, use_cache):
+    """With use_cache=False Transformers makes a mask of the packing itself, which compiled code cannot look into."""
+    model, inputs = tiny.twin(tiny.make("llama")), packed_inputs("keywords") | {"use_cache": use_cache}
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
+    torch.testing.assert_close(got, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["positions", "keywords"])
+def test_packed_beside_another_sequence_is_refused(tiny, how):
+    model = tiny.twin(tiny.make("gpt2", add_cross_attention=True))
+    with pytest.raises(ValueError, match=r"\[PACKED\].*encoder_hidden_states.*padded batches"):
+        model(**packed_inputs(how), encoder_hidden_states=torch.randn(1, 6, 32))
+
+
+def test_a_forward_of_any_arguments(tiny):
+    """What replaced a model's forward may name its arguments as it likes."""
+    model = tiny.twin(tiny.make("distilbert"))
+    want = model(**packed_inputs("positions")).logits
+    forward = model.distilbert.forward
+    model.distilbert.forward = lambda *a, **k: forward(*a, **k)
+    assert torch.equal(model(**packed_inputs("positions")).logits, want)
+
+
+def test_a_bound_beyond_all_tokens_beside_a_bias(tiny):
+    """T5's bias has as many rows as there are tokens."""
+    encoder = tiny.twin(tiny.make("t5")).encoder
+    inputs = {key: value for key, value in packed_inputs("keywords").items() if key != "position_ids"}
+    want = encoder(**inputs).last_hidden_state
+    got = encoder(**inputs | {"max_length_q": 40, "max_length_k": 40}).last_hidden_state
+    assert torch.equal(got, want)

@@ -299,3 +299,31 @@ def test_a_model_patched_by_functions_can_be_pickled(tiny):
     again = pickle.loads(pickle.dumps(model))
     assert [row.status for row in hf_flash.explain(again).rows] == ["skipped", "patched"]
     assert not hf_flash.is_patched(hf_flash.unpatch_model(again))
+
+
+def test_a_config_that_asks_for_all_weights_stays(tiny, tmp_path):
+    """Transformers would refuse to save it with any attention but eager's."""
+    model = tiny.make("bert", output_attentions=True)
+    with pytest.raises(NotImplementedError, match=r"OUTPUT_ATTENTIONS.*set it to False"):
+        hf_flash.patch_model(model, on_unsupported="error")
+    assert not hf_flash.is_patched(hf_flash.patch_model(model, on_unsupported="ignore"))
+    model.save_pretrained(tmp_path)
+    model.config.output_attentions = False
+    assert hf_flash.is_patched(hf_flash.patch_model(model, on_unsupported="error"))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GptOssConfig"), reason="no GPT-OSS here")
+def test_models_with_flash_kernels_of_their_own_are_refused_in_our_words():
+    config = transformers.GptOssConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=16, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"hf_flash \[MODEL\]"):
+        transformers.AutoModel.from_config(config, attn_implementation="hf_flash")
+
+
+def test_what_was_left_out_is_told_so(tiny):
+    model = hf_flash.patch_model(tiny.make("t5"), exclude="encoder.*")
+    rows = hf_flash.explain(model).rows
+    assert {row.code for row in rows if row.name.startswith("encoder.")} == {"EXCLUDED"}
+    assert {row.status for row in rows if row.name.startswith("decoder.")} == {"patched"}

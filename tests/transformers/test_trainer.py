@@ -74,6 +74,21 @@ def test_added_later_and_on_a_model_that_the_user_patched(tiny, tmp_path):
     callback = hf_flash.FlashAttentionCallback(restore_on_train_end=True)
     trainer(tiny, tmp_path, [callback], model=model).train()
     assert hf_flash.is_patched(model)  # the user's patch is the user's to end
+    assert callback.report().share == 1.0
+
+
+def test_arguments_are_used_or_told(tiny, tmp_path, caplog):
+    """attn_implementation="hf_flash" is no patch of the user's; patch_model is, and its arguments stay."""
+    callback = hf_flash.FlashAttentionCallback(padding_free=True, on_fallback="error", restore_on_train_end=True)
+    model = tiny.make("bert", "hf_flash")
+    ours = trainer(tiny, tmp_path, [callback], model=model)
+    assert "PaddingFree" in str(type(model.bert.encoder).__mro__)
+    ours.train()
+    assert callback.report().share == 1.0 and model.config._attn_implementation == "hf_flash"
+    assert "PaddingFree" not in str(type(model.bert.encoder).__mro__)
+    model = hf_flash.patch_model(tiny.make("bert"))
+    trainer(tiny, tmp_path, [hf_flash.FlashAttentionCallback(padding_free=True)], model=model)
+    assert "arguments (padding_free) are not used" in caplog.text
 
 
 def test_an_exception_leaves_a_way_back(tiny, tmp_path):

@@ -147,3 +147,28 @@ def test_an_error_leaves_the_old_patch(tiny):
         kept = [m.__dict__["_hf_flash"] for m in model.modules() if "_hf_flash" in m.__dict__]
         assert len(kept) == len(records) and all(a is b for a, b in zip(kept, records, strict=True))
     assert hf_flash.explain(model).share == 1.0
+
+
+def test_patched_refuses_what_it_could_not_give_back(tiny):
+    model = hf_flash.patch_model(tiny.make("bert"))
+    with pytest.raises(ValueError, match=r"BertModel.*could not be patched again"), hf_flash.patched(model.bert):
+        pass
+    assert hf_flash.is_patched(model.bert)
+    with hf_flash.patched(model, fp32="error"):
+        pass
+    assert hf_flash.is_patched(model)
+    seq2seq = hf_flash.patch_model(tiny.make("bart"))
+    hf_flash.unpatch_model(seq2seq.model.encoder)
+    with pytest.raises(ValueError, match="could not be patched again"), hf_flash.patched(seq2seq):
+        pass
+    assert not hf_flash.is_patched(seq2seq.model.encoder) and hf_flash.is_patched(seq2seq.model.decoder)
+
+
+def test_layers_made_of_a_patched_config_come_along(tiny):
+    model = hf_flash.patch_model(tiny.make("bert"))
+    layers = model.bert.encoder.layer
+    layers.append(type(layers[0])(model.config, layer_idx=2).eval())
+    assert hf_flash.is_patched(layers[2])
+    hf_flash.unpatch_model(model)
+    assert not hf_flash.is_patched(model)
+    assert all(layer.attention.self.config is model.config for layer in layers)
