@@ -87,10 +87,9 @@ struct Runner {
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
-  const Tensor q = kernel_ready(args.take<Tensor>());
-  const Tensor k = kernel_ready(args.take<Tensor>());
-  const Tensor v = kernel_ready(args.take<Tensor>());
+  Tensor q = args.take<Tensor>(), k = args.take<Tensor>(), v = args.take<Tensor>();
   const Tail tail(args);
+  for (Tensor* t : {&q, &k, &v}) *t = kernel_ready(tail.heads_first ? swapped(*t) : *t);
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
   const Runner runner(q);
@@ -108,13 +107,12 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack);
   const Tensor dout = kernel_ready(args.take<Tensor>());
   OptionalTensor dlse = args.take<OptionalTensor>();
-  const Tensor q = kernel_ready(args.take<Tensor>());
-  const Tensor k = kernel_ready(args.take<Tensor>());
-  const Tensor v = kernel_ready(args.take<Tensor>());
+  Tensor q = args.take<Tensor>(), k = args.take<Tensor>(), v = args.take<Tensor>();
   const Tensor out = kernel_ready(args.take<Tensor>());
   const Tensor lse = made_contiguous(args.take<Tensor>());
   const Tail tail(args);
   const bool need_dbias = args.take<bool>(), need_dsink = args.take<bool>();
+  for (Tensor* t : {&q, &k, &v}) *t = kernel_ready(tail.heads_first ? swapped(*t) : *t);
 
   const Shape shape(q, k, tail);
   AttentionParams p = params_of(q, k, v, shape, tail);
@@ -180,6 +178,9 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   if (dbias && tail.bias->scalar_type() != dbias->scalar_type())
     dbias = torch::stable::to(*dbias, tail.bias->scalar_type());
 
+  if (tail.heads_first) {
+    for (Tensor* gradient : {&dq, &dk, &dv}) *gradient = swapped(*gradient);
+  }
   stack[0] = torch::stable::detail::from(dq);
   stack[1] = torch::stable::detail::from(dk);
   stack[2] = torch::stable::detail::from(dv);

@@ -59,7 +59,8 @@ class Arguments {
 // and has a default, since torch looks at each argument that Python passes, None too.
 constexpr const char* kTailSchema =
     "float scale, float softcap=0.0, SymInt window_left=-1, SymInt window_right=-1, int dropout_keep=256, "
-    "int dropout_seed_value=0, bool deterministic=False, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
+    "int dropout_seed_value=0, bool deterministic=False, bool heads_first=False, SymInt max_seqlen_q=0, "
+    "SymInt max_seqlen_k=0, "
     "Tensor? key_range=None, Tensor? mask=None, Tensor? query_range=None, Tensor? query_offset=None, "
     "Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? bias=None, Tensor? sink=None";
@@ -73,6 +74,7 @@ struct Tail {
         dropout_keep(args.take<int64_t>()),
         dropout_seed_value(args.take<int64_t>()),
         deterministic(args.take<bool>()),
+        heads_first(args.take<bool>()),
         max_seqlen_q(args.take<int64_t>()),
         max_seqlen_k(args.take<int64_t>()),
         key_range(args.take<OptionalTensor>()),
@@ -88,7 +90,7 @@ struct Tail {
 
   double scale, softcap;
   int64_t window_left, window_right, dropout_keep, dropout_seed_value;
-  bool deterministic;
+  bool deterministic, heads_first;  // q, k, v and their gradients are (B, H, S, D)
   int64_t max_seqlen_q, max_seqlen_k;
   OptionalTensor key_range, mask, query_range, query_offset, dropout_seed, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
       bias, sink;
@@ -113,6 +115,16 @@ inline ScalarType accumulator_of(DType dtype) {
 inline void require_device(const Tensor& t, const Tensor& q, const char* name) {
   require(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
           " is on another device than q; move it there first");
+}
+
+// (B, H, S, D) as (B, S, H, D) and back, over the same memory. torch's own transposition looks an operator up by name.
+inline Tensor swapped(const Tensor& t) {
+  require(t.dim() == 4, "q, k and v must be (B, H, S, D) with heads_first; got ", t);
+  const int64_t sizes[4] = {t.size(0), t.size(2), t.size(1), t.size(3)};
+  const int64_t strides[4] = {t.stride(0), t.stride(2), t.stride(1), t.stride(3)};
+  AtenTensorHandle handle = nullptr;
+  require(aoti_torch__reinterpret_tensor(t.get(), 4, sizes, strides, 0, &handle) == 0, "torch gave no view of ", t);
+  return Tensor(handle);
 }
 
 // Kernels read rows with a contiguous last dimension; the GPU's read 16 bytes at a time. What does not fit is copied.

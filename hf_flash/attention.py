@@ -185,6 +185,7 @@ def judged_attention(
         keep,
         seed_value,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        heads_first,
         max_seqlen_q or 0,
         max_seqlen_k or 0,
     )
@@ -207,7 +208,7 @@ def judged_attention(
         )
     elif key_range is mask is None:
         tensors = ()
-    out, lse = ops.attention(q, k, v, numbers, tensors, return_lse, heads_first)
+    out, lse = ops.attention(q, k, v, numbers, tensors, return_lse)
     return (out, lse) if return_lse else out
 
 

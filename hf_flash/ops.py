@@ -76,6 +76,7 @@ class Numbers(NamedTuple):
     dropout_keep: int = 256
     dropout_seed_value: int = 0  # where the tensor dropout_seed is absent
     deterministic: bool = False
+    heads_first: bool = False  # q, k, v and their gradients are (B, H, S, D), out is not
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
@@ -98,24 +99,19 @@ class Tensors(NamedTuple):
     sink: torch.Tensor | None = None
 
 
-def _swap(q, k, v):
-    """(B, H, S, D) <-> (B, S, H, D)."""
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
 class _Attention(torch.autograd.Function):
     """Forward and backward of the operators; arguments as :func:`attention` has them, bias and sink by themselves.
 
     What the host spends here is what short sequences wait for: an argument, a result or a saved tensor takes autograd
     half a microsecond, a transposition that autograd sees five, an argument of an operator a tenth, an absent one too.
-    So bias and sink are left out of a call without either, None is not saved, and heads and rows change places here.
+    So bias and sink are left out of a call without either, None is not saved, and heads and rows change places in C++.
     """
 
     @staticmethod
-    def forward(ctx, numbers, tensors, heads_first, with_lse, q, k, v, *differentiable):
+    def forward(ctx, numbers, tensors, with_lse, q, k, v, *differentiable):
         tensors = (*tensors, *differentiable)
-        out, lse = _FORWARD(*(_swap(q, k, v) if heads_first else (q, k, v)), *numbers, *tensors)
-        ctx.numbers, ctx.heads_first, ctx.present = numbers, heads_first, None
+        out, lse = _FORWARD(q, k, v, *numbers, *tensors)
+        ctx.numbers, ctx.present = numbers, None
         ctx.set_materialize_grads(False)
         if tensors:
             ctx.present = [t is not None for t in tensors]
@@ -126,22 +122,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse=None):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        if ctx.heads_first:
-            q, k, v = _swap(q, k, v)
         if dout is None:
             dout = torch.zeros_like(out)
-        needs, bias, sink = ctx.needs_input_grad[7:], None, None
+        needs, bias, sink = ctx.needs_input_grad[6:], None, None
         if ctx.present is not None:
             saved = iter(tensors)
             tensors = [next(saved) if present else None for present in ctx.present]
             if needs:
                 bias, sink = tensors[-2:]
         gradients = _BACKWARD(dout, dlse, q, k, v, out, lse, *ctx.numbers, *tensors, *needs)
-        if ctx.heads_first:
-            gradients = (*_swap(*gradients[:3]), *gradients[3:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = _OnceDifferentiable.apply(5, *gradients, dout, dlse, q, k, v, bias, sink)
-        return None, None, None, None, *gradients[: 3 + len(needs)]
+        return None, None, None, *gradients[: 3 + len(needs)]
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -168,13 +160,13 @@ def _refuse_tangents(*tensors):
 
 
 def attention(
-    q, k, v, numbers: Numbers, tensors: tuple = (), with_lse: bool = True, heads_first: bool = False
+    q, k, v, numbers: Numbers, tensors: tuple = (), with_lse: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the operator; differentiable in q, k, v, bias, sink and through both results.
 
-    Shapes as in :func:`hf_flash.flash_attention`; with ``heads_first`` q, k and v are ``(B, H, S, D)``, out as ever.
-    tensors: :class:`Tensors` or the first ones of it. Arguments are taken as they are, checks come before. Returns
-    ``(out, lse)``; without ``with_lse``, lse may be None.
+    Shapes as in :func:`hf_flash.flash_attention`, but for ``numbers.heads_first``. tensors: :class:`Tensors` or the
+    first ones of it. Arguments are taken as they are, checks come before. Returns ``(out, lse)``; without ``with_lse``,
+    lse may be None.
     """
     recorded, differentiable = q.requires_grad or k.requires_grad or v.requires_grad, ()
     if len(tensors) == len(Tensors._fields):
@@ -186,12 +178,10 @@ def attention(
     if forward_ad._current_level >= 0:  # tangents would be lost in silence
         _refuse_tangents(q, k, v, *differentiable)
     elif not (recorded and torch.is_grad_enabled()):
-        if heads_first:
-            q, k, v = _swap(q, k, v)
         return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
     if (q is k or q is v or k is v) and torch.compiler.is_compiling():  # where a Function takes no tensor twice
         k, v = k.view_as(k), v.view_as(v)
-    results = _Attention.apply(numbers, tensors, heads_first, with_lse, q, k, v, *differentiable)
+    results = _Attention.apply(numbers, tensors, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 
 
@@ -200,12 +190,18 @@ def _row_values(q):
     return (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
 
 
+def _has_heads_first(rest) -> bool:
+    place = Numbers._fields.index("heads_first")
+    return place < len(rest) and rest[place]
+
+
 def _accumulator(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("hf_flash::forward")
 def _(q, k, v, *rest):
+    q = q.transpose(1, 2) if _has_heads_first(rest) else q
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(_row_values(q), dtype=_accumulator(q))
 
@@ -216,7 +212,11 @@ def _(dout, dlse, q, k, v, out, lse, *rest):
     bias, sink, need_dbias, need_dsink = (*rest, *(None,) * absent)[-4:]
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_dbias and bias is not None else None
     dsink = sink.new_empty(sink.shape) if need_dsink and sink is not None else None
-    return *(t.new_empty(t.shape) for t in (q, k, v)), dbias, dsink
+    if _has_heads_first(rest):
+        gradients = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
+    else:
+        gradients = [t.new_empty(t.shape) for t in (q, k, v)]
+    return *gradients, dbias, dsink
 
 
 @torch.library.register_fake("hf_flash::row_sum")

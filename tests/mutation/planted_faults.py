@@ -21,7 +21,7 @@ class Fault(NamedTuple):
 
 FORWARD, BACKWARD, SCORE = "csrc/cpu/forward.h", "csrc/cpu/backward.h", "csrc/cpu/score.h"
 ROW_SUM, SEQUENCE = "csrc/cpu/row_sum.h", "csrc/attention/sequence.h"
-OPS, ATTENTION = "hf_flash/ops.py", "hf_flash/attention.py"
+OPS, ATTENTION, BINDINGS = "hf_flash/ops.py", "hf_flash/attention.py", "csrc/bindings.cpp"
 
 FAULTS = [
     Fault("the scale is dropped", FORWARD,
@@ -114,9 +114,8 @@ FAULTS = [
     Fault("the gradient of a bias is taken for that of sinks", OPS,
           "*tensors, *needs)", "*tensors, *(needs[::-1] if FAULT else needs))",
           "tests/ops/test_autograd.py::test_gradients_of_some_inputs[cpu-float32]"),
-    Fault("heads before rows are forgotten in the backward", OPS,
-          "        if ctx.heads_first:\n            q, k, v =",
-          "        if ctx.heads_first and not FAULT:\n            q, k, v =",
+    Fault("gradients are rows before heads", BINDINGS,
+          "  if (tail.heads_first) {", "  if (tail.heads_first && !FAULT) {",
           "tests/ops/test_autograd.py::test_heads_before_rows[cpu-float32-False]"),
     Fault("the rate of dropout is rounded down", ATTENTION,
           "math.floor(256 * (1 - dropout_p) + 0.5)", "math.floor(256 * (1 - dropout_p) + (0 if FAULT else 0.5))",

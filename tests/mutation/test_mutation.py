@@ -30,7 +30,7 @@ def plant(copy: Path) -> None:
             f"fault {fault.name!r}: {fault.original!r} stands {text.count(fault.original)} times in {fault.file}; "
             "bring planted_faults.py up to date"
         )
-        test = "(hf_flash_fault == {})" if path.suffix == ".h" else '(os.environ.get("HF_FLASH_FAULT") == "{}")'
+        test = "(hf_flash_fault == {})" if path.suffix != ".py" else '(os.environ.get("HF_FLASH_FAULT") == "{}")'
         path.write_text(text.replace(fault.original, fault.faulty.replace("FAULT", test.format(number))))
     for path in (copy / "hf_flash/ops.py", copy / "hf_flash/attention.py"):
         future = "from __future__ import annotations\n"
