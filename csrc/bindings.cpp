@@ -120,16 +120,13 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto check_out = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);
     require(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
-    bool fits = t.dim() == q.dim() && t.size(t.dim() - 1) == p.head_dim_v;
-    for (int64_t d = 0; fits && d + 1 < t.dim(); ++d) fits = t.size(d) == q.size(d);
-    require(fits, name, " ", t, " must have the shape of out");
+    require(has_shape(t, shape_with_last(q, p.head_dim_v)), name, " ", t, " must have the shape of out");
   };
   check_out(dout, "dout");
   check_out(out, "out");
   const auto check_row_values = [&](const Tensor& t, const char* name) {
     require_device(t, q, name);
-    bool fits = t.scalar_type() == accumulator && t.dim() == static_cast<int64_t>(shape.row_values.size());
-    for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape.row_values[d];
+    const bool fits = t.scalar_type() == accumulator && has_shape(t, shape.row_values);
     require(fits, name, " ", t, " must be forward's lse in shape and dtype");
   };
   check_row_values(lse, "lse");
@@ -195,9 +192,8 @@ void row_sum(StableIValue* stack, uint64_t, uint64_t) {
   OptionalTensor dlse = args.take<OptionalTensor>();
   const bool packed = out.dim() == 3;
   require(packed || out.dim() == 4, "out must be (B, S, H, D) or (T, H, D); got ", out);
-  bool fits = dout.dim() == out.dim();
-  for (int64_t d = 0; fits && d < out.dim(); ++d) fits = dout.size(d) == out.size(d);
-  require(fits, "dout ", dout, " must have out's shape ", out);
+  require(has_shape(dout, shape_with_last(out, out.size(out.dim() - 1))), "dout ", dout, " must have out's shape ",
+          out);
   require(dout.scalar_type() == out.scalar_type(), "dout must have out's dtype");
   require_device(dout, out, "dout");
   AttentionParams p{};

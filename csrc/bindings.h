@@ -60,10 +60,9 @@ class Arguments {
 constexpr const char* kTailSchema =
     "float scale, float softcap=0.0, SymInt window_left=-1, SymInt window_right=-1, int dropout_keep=256, "
     "int dropout_seed_value=0, bool deterministic=False, bool heads_first=False, SymInt max_seqlen_q=0, "
-    "SymInt max_seqlen_k=0, "
-    "Tensor? key_range=None, Tensor? mask=None, Tensor? query_range=None, Tensor? query_offset=None, "
-    "Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? bias=None, Tensor? sink=None";
+    "SymInt max_seqlen_k=0, Tensor? key_range=None, Tensor? mask=None, Tensor? query_range=None, "
+    "Tensor? query_offset=None, Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None, Tensor? bias=None, Tensor? sink=None";
 
 struct Tail {
   explicit Tail(Arguments& args)
@@ -323,6 +322,12 @@ inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
   for (int64_t d = 0; d + 1 < like.dim(); ++d) sizes.push_back(like.size(d));
   sizes.push_back(last);
   return sizes;
+}
+
+inline bool has_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == sizes[d];
+  return fits;
 }
 
 }  // namespace hf_flash::bindings

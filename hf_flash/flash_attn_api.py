@@ -211,17 +211,9 @@ def _unbind(packed, name, count):
 
 
 def _attend(q, k, v, options, return_attn_probs):
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"hf_flash [ARGUMENT]: `{name}` is a {type(t).__name__}; it must be a torch.Tensor")
+    if not all(isinstance(t, torch.Tensor) for t in (q, k, v)) or q.shape[-1] != k.shape[-1]:
+        raise support.unsupported(q, k, v, **options).exception()  # padding would make 12 and 14 equal
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    if k.shape[-1] != head_dim:  # padding would make 12 and 14 equal
-        raise ValueError(f"hf_flash [ARGUMENT]: `k` has head_dim {k.shape[-1]} but `q` {head_dim}; they must be equal")
-    for name, size in (("q", head_dim), ("v", head_dim_v)):
-        if size > support.MAX_HEAD_DIM:
-            raise ValueError(
-                f"hf_flash [HEAD_DIM]: `{name}` has head_dim {size}; allowed is up to {support.MAX_HEAD_DIM}"
-            )
     if options["scale"] is None:
         options["scale"] = head_dim**-0.5
     q, k, v = _padded(q), _padded(k), _padded(v)
@@ -235,8 +227,9 @@ def _attend(q, k, v, options, return_attn_probs):
 
 
 def _padded(t):
-    """Zeros up to the next multiple of 8 in the last dimension, which change no score."""
-    return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t
+    """Zeros up to the next multiple of 8 in the last dimension, which change no score. What is too long stays."""
+    head_dim = t.shape[-1]
+    return torch.nn.functional.pad(t, (0, -head_dim % 8)) if head_dim % 8 and head_dim < support.MAX_HEAD_DIM else t
 
 
 @torch.no_grad()

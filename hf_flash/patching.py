@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import backend, ops, registry, report, support
-from .fallback import Options
+from .fallback import Options, options_of
 from .judgement import (
     Found,
     attentions_of,
@@ -117,9 +117,7 @@ def patch_model(
     if report.disabled():
         logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
         return model
-    attentions = attentions_of(model)
-    wanted = {id(found.module) for found in attentions if selected(found, include, exclude)}
-    reasons = judge(attentions, wanted)
+    attentions, wanted, reasons = _judged(model, request)
     served = [id(found.module) for found in attentions if _uses_us(found)]
     as_asked = served == [key for key, reason in reasons.items() if reason is None and key in wanted]
     if served and as_asked and getattr(getattr(model, RECORD, None), "request", None) == request:
@@ -138,6 +136,13 @@ def patch_model(
     _warn_without_cuda_library()
     logger.info("%s", str(explain(model)).splitlines()[0])
     return model
+
+
+def _judged(model: nn.Module, request: dict) -> tuple[list[Found], set[int], dict[int, Unsupported | None]]:
+    """A model's attention modules, the ids of those that a request selects, and what judge() says."""
+    attentions = attentions_of(model)
+    wanted = {id(found.module) for found in attentions if selected(found, request["include"], request["exclude"])}
+    return attentions, wanted, judge(attentions, wanted)
 
 
 def _apply(model, attentions, reasons, wanted, options: Options) -> None:
@@ -259,8 +264,9 @@ def patched(model: nn.Module, **arguments):
     """
     records = [(module, getattr(module, RECORD, None)) for module in model.modules()]
     before = [(module, record.request) for module, record in records if record is not None and record.request]
-    recorded = {id(found.module) for found in attentions_of(model) if _options(found.module) is not None}
-    if recorded != set().union(*(_patchable(module, request) for module, request in before)):
+    recorded = {id(module) for module, record in records if record is not None and record.options is not None}
+    again = {key for part, request in before for key, reason in _judged(part, request)[2].items() if reason is None}
+    if recorded != again:
         raise ValueError(
             f"hf_flash: `model` is a {type(model).__name__} whose attention modules are not those that one patch_model "
             "call patched, so they could not be patched again afterwards; call patched() with that call's model"
@@ -274,26 +280,14 @@ def patched(model: nn.Module, **arguments):
             patch_model(module, **request)
 
 
-def _patchable(model: nn.Module, request: dict) -> set[int]:
-    """id of each attention module that patch_model puts a record on."""
-    attentions = attentions_of(model)
-    wanted = {id(found.module) for found in attentions if selected(found, request["include"], request["exclude"])}
-    return {key for key, reason in judge(attentions, wanted).items() if reason is None}
-
-
-def _options(module: nn.Module) -> Options | None:
-    return getattr(module.__dict__.get(RECORD), "options", None)
-
-
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model uses hf_flash, through patch_model or attn_implementation."""
     return any(_uses_us(found) for found in attentions_of(model))
 
 
 def _uses_us(found: Found) -> bool:
-    config, options = found.config, _options(found.module)
-    excluded = options is not None and options.excluded
-    return found.reason is None and config is not None and config._attn_implementation == backend.NAME and not excluded
+    uses = found.reason is None and found.config is not None and found.config._attn_implementation == backend.NAME
+    return uses and not options_of(found.module).excluded
 
 
 def explain(model: nn.Module) -> Report:
@@ -306,11 +300,10 @@ def explain(model: nn.Module) -> Report:
     for found in attentions_of(model):
         row = Row(found.name, original_class(found.module).__name__, "patched")
         if not _uses_us(found):
-            options = _options(found.module)
             left_out = request is not None and not selected(found, request["include"], request["exclude"])
             reason = found.reason or (
                 Unsupported("EXCLUDED", "patch_model was told to leave this module out")
-                if left_out or (options is not None and options.excluded)
+                if left_out or options_of(found.module).excluded
                 else Unsupported("NOT_PATCHED", "hf_flash.patch_model(model) or attn_implementation='hf_flash' uses it")
             )
             row.status, row.code, row.sentence = "skipped", reason.code, reason.sentence

@@ -205,7 +205,7 @@ def _scalars(window, softcap, scale, dropout_p, causal, deterministic) -> Unsupp
     if left < -1 or right < -1:
         return _value(f"`window` is {tuple(window)}; left and right must be -1 (unlimited) or at least 0")
     for name, x in (("softcap", softcap), ("scale", 1.0 if scale is None else scale), ("dropout_p", dropout_p)):
-        if not (type(x) is float or is_number(x)):
+        if not is_number(x):
             return _type(f"`{name}` is {x!r}; it must be a number, and gets no gradient")
     if not 0 <= softcap < math.inf:
         return _value(f"`softcap` is {softcap}; it must be positive and finite, or 0 for none")
