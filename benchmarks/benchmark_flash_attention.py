@@ -123,7 +123,8 @@ def release_of(distribution: str) -> str | None:
         return None
 
 
-def machine() -> dict:
+def machine(peers: list[Peer]) -> dict:
+    """What measured, for the head row: of the peers that are packages of their own those that could be imported."""
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.split()
@@ -136,7 +137,11 @@ def machine() -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "hf_flash": hf_flash.__version__,
-        "peers": {name: version for name in ("flash-attn-3", "flash-attn-4") if (version := release_of(name))},
+        "peers": {
+            peer.name.replace(" ", "-"): release_of(peer.name.replace(" ", "-"))
+            for peer in peers
+            if peer.name in ("flash-attn 3", "flash-attn 4")
+        },
         "command": "python " + " ".join(sys.argv),
     }
 
@@ -174,7 +179,7 @@ def measure_all(arguments: argparse.Namespace) -> tuple[list[dict], list[str]]:
     cases = [case for section in arguments.sections if section != "host" for case in cases_of(section)]
     cases = [case for case in cases if not arguments.lengths or case.S in arguments.lengths]
     cases = [case for case in cases if not arguments.head_dims or case.D in arguments.head_dims]
-    rows, left_out = [machine()], [f"{name}: cannot be imported: {reason}" for name, reason in missing.items()]
+    rows, left_out = [machine(peers)], [f"{name}: cannot be imported: {reason}" for name, reason in missing.items()]
     with torch.cuda.stream(torch.cuda.Stream()):
         for case in (bar := tqdm(cases, desc="cells", unit="cell")):
             bar.set_postfix_str(f"{case.section} D{case.D} S{case.S} {case.variant}", refresh=False)

@@ -60,7 +60,7 @@ def verdicts(rows: list[dict]) -> list[str]:
     for goal in GOALS:
         judged = judge(goal, rows)
         if judged:
-            more, failed = verdict_on(goal, judged)
+            more, failed = verdict_on(goal, judged, unmeasured(goal, rows))
             lines += more
             missed += failed
     more, failed = host_verdict(rows)
@@ -68,10 +68,17 @@ def verdicts(rows: list[dict]) -> list[str]:
     return [*lines, *more, "", f"{len(missed)} floors missed", *(f"  {line}" for line in missed)]
 
 
-def verdict_on(goal: Goal, judged: list) -> tuple[list[str], list[str]]:
-    """(one goal's table, what it missed in a few words)."""
+def unmeasured(goal: Goal, rows: list[dict]) -> list[str]:
+    """Peers of a goal without a time in any row: a verdict of the fastest one says nothing about them."""
+    measured = {row["peer"] for row in rows if "fwd_ms" in row}
+    return [name for name in goal.against if name not in measured] if isinstance(goal.against, tuple) else []
+
+
+def verdict_on(goal: Goal, judged: list, absent: list[str]) -> tuple[list[str], list[str]]:
+    """(one goal's table, what it missed in a few words). absent: its peers that were not measured."""
     hope = f", hoped for {goal.aim:g}" if goal.aim else ""
-    title = f"{goal.ours}, {goal.section}, {goal.what}: {goal.words}"
+    without = f" (NOT MEASURED: {', '.join(absent)})" if absent else ""
+    title = f"{goal.ours}, {goal.section}, {goal.what}: {goal.words}{without}"
     lines = ["", f"{title}; floor {goal.floor:g}{hope}"]
     for verdict in judged:
         word = {True: "met", False: "MISSED", None: "not measured"}[verdict.met(goal.floor)]

@@ -53,6 +53,20 @@ def test_a_peer_that_failed_or_is_missing_is_no_verdict(goals):
     assert verdict.ratio is None and verdict.met(goal.floor) is None
 
 
+def test_a_verdict_names_the_peers_that_were_not_measured(goals):
+    import report
+
+    rows = [row("hf_flash", 1.0), row(goals.CUDNN, 0.9), row("flash-attn 3", 1.1)]
+    (title,) = [
+        line
+        for line in report.verdicts(rows)
+        if line.startswith("hf_flash, peers, forward: 16k tokens, against the best")
+    ]
+    assert "(NOT MEASURED: flash-attn 4)" in title
+    rows.append(row("flash-attn 4", 1.2, section="grouped"))  # elsewhere
+    assert not [line for line in report.verdicts(rows) if "flash-attn 4)" in line]
+
+
 def test_against_our_plain_cell_by_rate(goals):
     goal = goals.Goal("", "extras", "forward", "plain", 0.6, cells=goals.has("alibi"))
     cell = {"section": "extras", "variant": "alibi"}
