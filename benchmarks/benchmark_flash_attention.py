@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from cases import SECTIONS, Case, cases_of
-from peers import Peer, all_peers, peers_of
+from peers import PACKAGES, Peer, all_peers, peers_of
 from plots import draw
 from report import complaints, table, verdicts
 from timing import Measured, host_microseconds
@@ -138,9 +138,7 @@ def machine(peers: list[Peer]) -> dict:
         "cudnn": torch.backends.cudnn.version(),
         "hf_flash": hf_flash.__version__,
         "peers": {
-            peer.name.replace(" ", "-"): release_of(peer.name.replace(" ", "-"))
-            for peer in peers
-            if peer.name in ("flash-attn 3", "flash-attn 4")
+            name: release_of(name) for peer in peers if peer.name in PACKAGES for name in [peer.name.replace(" ", "-")]
         },
         "command": "python " + " ".join(sys.argv),
     }

@@ -19,6 +19,7 @@ NO_MASK = {"padding": "takes no mask"}
 NO_BIAS = {"bias": "takes no bias", "fixed bias": "takes no bias", "alibi": "has no ALiBi"}
 NOT_PACKED = {"packed": "takes no packed batch"}
 NOT_SHARED = dict.fromkeys(GROUPED, "takes as many heads of k as of q")
+PACKAGES = {"flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}  # peer -> module
 NO_CHOICE = {"deterministic": "has no deterministic mode to choose"}
 
 
@@ -190,7 +191,7 @@ def all_peers(flex: bool = True) -> tuple[list[Peer], dict[str, str]]:
     missing = {}
     if flex:
         peers.append(Peer("FlexAttention", _flex, sections=("peers",)))
-    for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn 4", "flash_attn.cute")):
+    for name, module in PACKAGES.items():
         reason = _importable(module)
         if reason is None:
             peers.append(Peer(name, _flash_attn(module), lacks_extras))
