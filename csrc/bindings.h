@@ -58,8 +58,8 @@ class Arguments {
 // The tail that forward and backward share; members stand in the schema's order. What most calls leave out comes last
 // and has a default, since torch looks at each argument that Python passes, None too.
 constexpr const char* kTailSchema =
-    "float scale, float softcap=0.0, SymInt window_left=-1, SymInt window_right=-1, int dropout_keep=256, "
-    "int dropout_seed_value=0, bool deterministic=False, bool heads_first=False, SymInt max_seqlen_q=0, "
+    "float scale, bool heads_first=False, SymInt window_left=-1, SymInt window_right=-1, int dropout_keep=256, "
+    "int dropout_seed_value=0, float softcap=0.0, bool deterministic=False, SymInt max_seqlen_q=0, "
     "SymInt max_seqlen_k=0, Tensor? key_range=None, Tensor? mask=None, Tensor? query_range=None, "
     "Tensor? query_offset=None, Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None, Tensor? bias=None, Tensor? sink=None";
@@ -67,13 +67,13 @@ constexpr const char* kTailSchema =
 struct Tail {
   explicit Tail(Arguments& args)
       : scale(args.take<double>()),
-        softcap(args.take<double>()),
+        heads_first(args.take<bool>()),
         window_left(args.take<int64_t>()),
         window_right(args.take<int64_t>()),
         dropout_keep(args.take<int64_t>()),
         dropout_seed_value(args.take<int64_t>()),
+        softcap(args.take<double>()),
         deterministic(args.take<bool>()),
-        heads_first(args.take<bool>()),
         max_seqlen_q(args.take<int64_t>()),
         max_seqlen_k(args.take<int64_t>()),
         key_range(args.take<OptionalTensor>()),
@@ -87,9 +87,11 @@ struct Tail {
         bias(args.take<OptionalTensor>()),
         sink(args.take<OptionalTensor>()) {}
 
-  double scale, softcap;
+  double scale;
+  bool heads_first;  // q, k, v and their gradients are (B, H, S, D)
   int64_t window_left, window_right, dropout_keep, dropout_seed_value;
-  bool deterministic, heads_first;  // q, k, v and their gradients are (B, H, S, D)
+  double softcap;
+  bool deterministic;
   int64_t max_seqlen_q, max_seqlen_k;
   OptionalTensor key_range, mask, query_range, query_offset, dropout_seed, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
       bias, sink;

@@ -177,15 +177,15 @@ def judged_attention(
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed, seed_value = draw_seed(q.device)
-    numbers = ops.Numbers(
+    numbers = (  # in the order of ops.Numbers, which would take another microsecond
         q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap,
+        heads_first,
         window[0],
         0 if causal else window[1],
         keep,
         seed_value,
+        softcap,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-        heads_first,
         max_seqlen_q or 0,
         max_seqlen_k or 0,
     )

@@ -70,15 +70,24 @@ class Numbers(NamedTuple):
     """The numbers of an attention call, in the operators' order."""
 
     scale: float
-    softcap: float = 0.0
+    heads_first: bool = False  # q, k, v and their gradients are (B, H, S, D), out is not
     window_left: int = -1
     window_right: int = -1
     dropout_keep: int = 256
     dropout_seed_value: int = 0  # where the tensor dropout_seed is absent
+    softcap: float = 0.0
     deterministic: bool = False
-    heads_first: bool = False  # q, k, v and their gradients are (B, H, S, D), out is not
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+
+
+def _shortened(numbers: tuple) -> tuple:
+    """The first ones of :class:`Numbers`, if all others are as the operators assume."""
+    if numbers[6:] != (0.0, False, 0, 0):
+        return numbers
+    if numbers[4] != 256:
+        return numbers[:6]
+    return numbers[:2] if numbers[2] == numbers[3] == -1 else numbers[:4]
 
 
 class Tensors(NamedTuple):
@@ -99,12 +108,28 @@ class Tensors(NamedTuple):
     sink: torch.Tensor | None = None
 
 
+def _compare_schemas() -> None:
+    """Libraries of another version would take an argument for its neighbour."""
+    for operator, first in ((_FORWARD, ()), (_BACKWARD, ("dout", "dlse"))):
+        names = [argument.name for argument in operator._schema.arguments]
+        own = [*first, "q", "k", "v", *(("out", "lse") if first else ()), *Numbers._fields, *Tensors._fields]
+        if names[: len(own)] != own:
+            raise ImportError(
+                f"hf_flash: {LIBRARIES['cpu']} was built from another version than the Python code beside it; install "
+                "both again with `pip install .`, or build in place with `pip install --no-build-isolation -e .`"
+            )
+
+
+_compare_schemas()
+
+
 class _Attention(torch.autograd.Function):
     """Forward and backward of the operators; arguments as :func:`attention` has them, bias and sink by themselves.
 
     What the host spends here is what short sequences wait for: an argument, a result or a saved tensor takes autograd
     half a microsecond, a transposition that autograd sees five, an argument of an operator a tenth, an absent one too.
-    So bias and sink are left out of a call without either, None is not saved, and heads and rows change places in C++.
+    So bias and sink are left out of a call without either, numbers that most calls leave alone too, None is not saved,
+    and heads and rows change places in C++.
     """
 
     @staticmethod
@@ -136,6 +161,10 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *gradients[: 3 + len(needs)]
 
 
+# Function.apply without what it does for torch.func and for Dynamo first, which takes 2 us.
+_record = super(torch.autograd.Function, _Attention).apply
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """Passes gradients through and raises when somebody differentiates them: a silent zero would be wrong."""
 
@@ -159,15 +188,25 @@ def _refuse_tangents(*tensors):
         )
 
 
+def _refuse_transforms():
+    raise NotImplementedError(
+        "hf_flash [TORCH_FUNC]: attention has no rule for torch.func's transforms (grad, vjp, vmap and so on); use "
+        "eager attention inside them, or backward and torch.autograd.grad without them"
+    )
+
+
 def attention(
-    q, k, v, numbers: Numbers, tensors: tuple = (), with_lse: bool = True
+    q, k, v, numbers: tuple, tensors: tuple = (), with_lse: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the operator; differentiable in q, k, v, bias, sink and through both results.
 
-    Shapes as in :func:`hf_flash.flash_attention`, but for ``numbers.heads_first``. tensors: :class:`Tensors` or the
-    first ones of it. Arguments are taken as they are, checks come before. Returns ``(out, lse)``; without ``with_lse``,
-    lse may be None.
+    Shapes as in :func:`hf_flash.flash_attention`, but for ``heads_first``. numbers: as :class:`Numbers` has them, all.
+    tensors: :class:`Tensors` or the first ones of it. Arguments are taken as they are, checks come before. Returns
+    ``(out, lse)``; without ``with_lse``, lse may be None.
     """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not (tensors or traced):  # whoever traces would have to compare the numbers at each call
+        numbers = _shortened(numbers)
     recorded, differentiable = q.requires_grad or k.requires_grad or v.requires_grad, ()
     if len(tensors) == len(Tensors._fields):
         bias, sink = tensors[-2:]
@@ -177,11 +216,13 @@ def attention(
             recorded = recorded or any(t is not None and t.requires_grad for t in differentiable)
     if forward_ad._current_level >= 0:  # tangents would be lost in silence
         _refuse_tangents(q, k, v, *differentiable)
-    elif not (recorded and torch.is_grad_enabled()):
+    if not traced and torch._C._are_functorch_transforms_active():  # gradients too: vmap's tensors require none
+        _refuse_transforms()
+    if not (recorded and torch.is_grad_enabled()):
         return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
-    if (q is k or q is v or k is v) and torch.compiler.is_compiling():  # where a Function takes no tensor twice
-        k, v = k.view_as(k), v.view_as(v)
-    results = _Attention.apply(numbers, tensors, with_lse, q, k, v, *differentiable)
+    if traced and torch.compiler.is_compiling() and (q is k or q is v or k is v):
+        k, v = k.view_as(k), v.view_as(v)  # a Function takes no tensor twice there
+    results = (_Attention.apply if traced else _record)(numbers, tensors, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 
 
@@ -191,8 +232,7 @@ def _row_values(q):
 
 
 def _has_heads_first(rest) -> bool:
-    place = Numbers._fields.index("heads_first")
-    return place < len(rest) and rest[place]
+    return len(rest) > 1 and rest[Numbers._fields.index("heads_first")]
 
 
 def _accumulator(q):

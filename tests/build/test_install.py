@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,13 @@ def test_libraries_load_without_a_driver():
         assert ops.has_kernel("row_sum", "cuda")
     else:
         assert "hf_flash was built without CUDA" in ops.LIBRARIES["cuda"]
+
+
+def test_libraries_of_another_version_are_refused(monkeypatch):
+    """They would take an argument for its neighbour, as both are positions alone."""
+    from hf_flash import ops
+
+    swapped = namedtuple("Numbers", ("scale", "window_left", "heads_first", *ops.Numbers._fields[3:]))
+    monkeypatch.setattr(ops, "Numbers", swapped)
+    with pytest.raises(ImportError, match=r"another version.*pip install"):
+        ops._compare_schemas()

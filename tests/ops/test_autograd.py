@@ -131,8 +131,35 @@ def test_forward_mode_raises():
             with pytest.raises(NotImplementedError, match=r"FORWARD_MODE.*eager.*reverse mode"):
                 attend(dual)
     for transform in (torch.func.jacfwd(attend), lambda q: torch.func.jvp(attend, (q,), (q,))):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(NotImplementedError, match="FORWARD_MODE|TORCH_FUNC"):
             transform(q)
+
+
+def test_transforms_of_torch_func_raise():
+    """Under vmap tensors require no gradient, so that of the outer call would be lost in silence."""
+    q, k, v = make_qkv("cpu", torch.float32, 1, 8, 8)
+
+    def attend(q):
+        return flash_attention(q, k, v)
+
+    stacked = torch.stack([q, q]).requires_grad_()
+    for transform in (
+        torch.func.vmap(attend),
+        torch.func.grad(lambda x: attend(x[0]).sum()),
+        torch.func.vmap(torch.func.grad(lambda x: attend(x).sum())),
+        lambda x: torch.func.vjp(attend, x[0]),
+    ):
+        for given in (stacked, stacked.detach()):
+            with pytest.raises(NotImplementedError, match=r"TORCH_FUNC.*eager.*torch\.autograd\.grad"):
+                transform(given)
+
+
+def test_gradients_of_several_outputs_at_once_raise():
+    """torch.autograd.grad maps the backward alone then."""
+    q, k, v = (t.requires_grad_() for t in make_qkv("cpu", torch.float32, 1, 8, 8))
+    out = flash_attention(q, k, v)
+    with pytest.raises(RuntimeError, match="hf_flash::backward"):
+        torch.autograd.grad(out, (q, k, v), torch.randn(3, *out.shape), is_grads_batched=True)
 
 
 def test_backward_twice_over_a_kept_graph(device, plain_dtype):

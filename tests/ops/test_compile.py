@@ -19,7 +19,7 @@ def tail(device, dtype, packed):
     offset = int32([0, 2], device)
     ranges, starts = ((None, None), starts) if packed else (ranges, (None, None))
     return [
-        0.3, 2.0, 5, 0, 200, 0, True, False, *((9, 12) if packed else (0, 0)), ranges[0], mask, ranges[1], offset,
+        0.3, False, 5, 0, 200, 0, 2.0, True, *((9, 12) if packed else (0, 0)), ranges[0], mask, ranges[1], offset,
         seed_tensor(1, device), torch.rand(4, device=device), *starts, bias, torch.randn(4, device=device),
     ]  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_opcheck(device, dtype, packed):
         torch.library.opcheck(torch.ops.hf_flash.forward.default, (q, k, v, 0.3), test_utils=checks)
         torch.library.opcheck(torch.ops.hf_flash.backward.default, args[:8], test_utils=checks)
         heads = [t.transpose(1, 2) for t in (q, k, v)]
-        rest[7] = True
+        rest[1] = True
         torch.library.opcheck(torch.ops.hf_flash.forward.default, (*heads, *rest), test_utils=checks)
         args = (dout, dlse, *heads, out, lse, *rest)
         torch.library.opcheck(torch.ops.hf_flash.backward.default, args, test_utils=checks)
