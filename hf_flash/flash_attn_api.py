@@ -211,12 +211,18 @@ def _unbind(packed, name, count):
 
 
 def _attend(q, k, v, options, return_attn_probs):
-    if not all(isinstance(t, torch.Tensor) for t in (q, k, v)) or q.shape[-1] != k.shape[-1]:
+    sound = all(isinstance(t, torch.Tensor) and t.dim() > 0 for t in (q, k, v))
+    if not sound or q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
         raise support.unsupported(q, k, v, **options).exception()  # padding would make 12 and 14 equal
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     if options["scale"] is None:
         options["scale"] = head_dim**-0.5
     q, k, v = _padded(q), _padded(k), _padded(v)
+    reason = support.unclear("return_attn_probs", return_attn_probs)
+    if return_attn_probs and reason is None:
+        reason = support.unsupported(q, k, v, **options)
+    if reason is not None:
+        raise reason.exception()
     if not return_attn_probs:
         return attention.flash_attention(q, k, v, **options)[..., :head_dim_v]
     if options["dropout_p"] > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -112,7 +112,13 @@ def patterns_of(given) -> tuple[str, ...] | Callable | None:
     """include or exclude: what is read more than once."""
     if given is None or callable(given):
         return given
-    return (given,) if isinstance(given, str) else tuple(given)
+    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            f"hf_flash: include or exclude is {given!r}; it must be a glob pattern of module names, several, or a "
+            "function (name, module) -> bool"
+        )
+    return patterns
 
 
 _ALL_WEIGHTS = Unsupported(

@@ -52,6 +52,19 @@ def recognise(function) -> tuple[tuple[int, int], torch.Tensor | None] | None:
     return window, ids
 
 
+def _check_padding(attention_mask: torch.Tensor, batch_size: int) -> None:
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"hf_flash [MASK]: attention_mask has shape {shape}; it must be (batch, keys), or of four dimensions"
+        )
+    if not is_traced() and shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"hf_flash [MASK]: attention_mask has shape {shape}, but there are {batch_size} sequences; give it a row "
+            "for each"
+        )
+
+
 def make_mask(
     batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=masking.causal_mask_function,
     attention_mask=None, cache_position=None, **kwargs,
@@ -84,6 +97,7 @@ def make_mask(
         offset = int(offset)
     key_range = mask = None
     if attention_mask is not None:
+        _check_padding(attention_mask, batch_size)
         padding = masking.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = padding[0] if isinstance(padding, tuple) else padding
         key_range, mask = key_ranges(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool, copy=True))

@@ -66,6 +66,8 @@ class FlashAttention(nn.Module):
         """
         _refuse_weights(need_weights)
         packed = cu_seqlens is not None
+        if not isinstance(qkv, torch.Tensor):
+            raise TypeError(f"hf_flash [ARGUMENT]: `qkv` is a {type(qkv).__name__}; it must be a torch.Tensor")
         if qkv.dim() != (4 if packed else 5) or qkv.shape[-3] != 3:
             layout = (
                 "(T, 3, H, D) as cu_seqlens is given" if packed else "(B, S, 3, H, D), or (T, 3, H, D) with cu_seqlens"

@@ -222,6 +222,10 @@ def attention(
         return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
     if traced and torch.compiler.is_compiling() and (q is k or q is v or k is v):
         k, v = k.view_as(k), v.view_as(v)  # a Function takes no tensor twice there
+    if traced and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "hf_flash [TRACE]: torch.jit.trace records no gradient of attention; trace under torch.no_grad()"
+        )
     results = (_Attention.apply if traced else _record)(numbers, tensors, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 

@@ -293,6 +293,13 @@ class Visibility:
         return k_length if free else self.k_length
 
     def _check(self, batch, q_length, k_length) -> None:
+        # Transformers takes the number of keys from attention_mask. A causal one may be as long as a static cache.
+        padded = self.window == (-1, -1) and not (self.key_range is None and self.mask is None)
+        if padded and k_length != self.k_length and not is_traced():
+            raise ValueError(
+                f"hf_flash [MASK]: attention_mask has {self.k_length} columns, but there are {k_length} keys; give it "
+                "a column for each token that is attended to"
+            )
         rows_matter = self.mask is not None and self.mask.shape[2] > 1
         if (rows_matter and q_length != self.q_length) or (self.batch not in (1, batch)):
             raise ValueError(

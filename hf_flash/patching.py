@@ -64,10 +64,24 @@ def _record(module: nn.Module) -> Record:
     return module.__dict__.setdefault(RECORD, Record())
 
 
-def _check_arguments(given: dict) -> None:
+def check_arguments(given: dict) -> None:
+    """Raises where one of :func:`patch_model`'s arguments is none that it takes."""
     for name, allowed in _CHOICES.items():
-        if given[name] not in allowed:
+        if name in given and given[name] not in allowed:
             raise ValueError(f"hf_flash: {name}={given[name]!r}; allowed is one of {', '.join(map(repr, allowed))}")
+    for name in ("padding_free", "deterministic"):
+        flag = given.get(name, False)
+        reason = None if name == "deterministic" and flag is None else support.unclear(name, flag)
+        if reason is not None:
+            raise reason.exception()
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"hf_flash: `model` is a {type(model).__name__}; it must be a torch.nn.Module: load a checkpoint first, as "
+            "with AutoModel.from_pretrained(name)"
+        )
 
 
 def patch_model(
@@ -105,15 +119,17 @@ def patch_model(
         The same model.
 
     Raises:
-        ValueError: an argument is wrong. NotImplementedError: something cannot be done and ``on_unsupported`` is
-        "error" or HF_FLASH_STRICT=1 is set; the model is as it was. HF_FLASH_DISABLE=1 makes this function do nothing.
+        TypeError, ValueError: an argument is wrong. NotImplementedError: something cannot be done and
+        ``on_unsupported`` is "error" or HF_FLASH_STRICT=1 is set; the model is as it was. HF_FLASH_DISABLE=1 makes this
+        function do nothing.
     """
+    _check_model(model)
     include, exclude = patterns_of(include), patterns_of(exclude)
     request = {
         "include": include, "exclude": exclude, "on_unsupported": on_unsupported, "on_fallback": on_fallback,
         "fp32": fp32, "padding_free": padding_free, "deterministic": deterministic,
     }  # fmt: skip
-    _check_arguments(request)
+    check_arguments(request)
     if report.disabled():
         logger.warning("HF_FLASH_DISABLE=1 is set: %s stays as it is", type(model).__name__)
         return model
@@ -206,6 +222,7 @@ def unpatch_model(model: nn.Module, *, _keep_counts: bool = False) -> nn.Module:
     Raises:
         ValueError: this is a part of a patched model, and other attention modules share its config and its mask.
     """
+    _check_model(model)
     records = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
     _refuse_part(model, records)
     configs = {id(config): config for _, record in records for config in record.configs.values()}
@@ -262,6 +279,7 @@ def patched(model: nn.Module, **arguments):
         ValueError: which of its attention modules are patched is not what patch_model was asked for with the model or
         with a part of it: the model is a part of what it was called with, or parts were unpatched since.
     """
+    _check_model(model)
     records = [(module, getattr(module, RECORD, None)) for module in model.modules()]
     before = [(module, record.request) for module, record in records if record is not None and record.request]
     recorded = {id(module) for module, record in records if record is not None and record.options is not None}
@@ -282,6 +300,7 @@ def patched(model: nn.Module, **arguments):
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any attention module of the model uses hf_flash, through patch_model or attn_implementation."""
+    _check_model(model)
     return any(_uses_us(found) for found in attentions_of(model))
 
 
@@ -296,6 +315,7 @@ def explain(model: nn.Module) -> Report:
     Each row says "patched", "fallback" (patched, but calls went to Transformers' attention) or "skipped", the reason's
     code, and how many calls our kernel served; ``Report.share`` is the share over all calls so far.
     """
+    _check_model(model)
     rows, request = [], getattr(model.__dict__.get(RECORD), "request", None)
     for found in attentions_of(model):
         row = Row(found.name, original_class(found.module).__name__, "patched")

@@ -7,7 +7,6 @@ falls back and reports. ``csrc/bindings.h`` repeats the checks that protect memo
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 import os
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 from . import ops
 
 MAX_HEAD_DIM = 256
+_MOST = torch.finfo(torch.float32).max  # in which kernels have the numbers
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -207,10 +207,10 @@ def _scalars(window, softcap, scale, dropout_p, causal, deterministic) -> Unsupp
     for name, x in (("softcap", softcap), ("scale", 1.0 if scale is None else scale), ("dropout_p", dropout_p)):
         if not is_number(x):
             return _type(f"`{name}` is {x!r}; it must be a number, and gets no gradient")
-    if not 0 <= softcap < math.inf:
-        return _value(f"`softcap` is {softcap}; it must be positive and finite, or 0 for none")
-    if scale is not None and not 0 < scale < math.inf:
-        return _value(f"`scale` is {scale}; it must be positive and finite (None means 1 / sqrt(head_dim))")
+    if not 0 <= softcap <= _MOST:
+        return _value(f"`softcap` is {softcap}; it must be positive and at most {_MOST:.2g}, or 0 for none")
+    if scale is not None and not 0 < scale <= _MOST:
+        return _value(f"`scale` is {scale}; it must be positive and at most {_MOST:.2g} (None: 1 / sqrt(head_dim))")
     if not 0 <= dropout_p < 1:
         sentence = f"`dropout_p` is {dropout_p}; it must be at least 0 and less than 1"
         return Unsupported("DROPOUT", sentence, ValueError) if dropout_p == 1 else _value(sentence)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 from transformers import TrainerCallback
 
-from .patching import explain, is_patched, patch_model, unpatch_model
+from . import support
+from .patching import check_arguments, explain, is_patched, patch_model, unpatch_model
 from .report import RECORD, Report, logger
 
 __all__ = ["FlashAttentionCallback"]
@@ -26,6 +29,11 @@ class FlashAttentionCallback(TrainerCallback):
     """
 
     def __init__(self, *, restore_on_train_end: bool = False, **arguments):
+        reason = support.unclear("restore_on_train_end", restore_on_train_end)
+        if reason is not None:
+            raise reason.exception()
+        inspect.signature(patch_model).bind(None, **arguments)  # a TypeError names one that it has not
+        check_arguments(arguments)
         self.restore_on_train_end = restore_on_train_end
         self.arguments = arguments
         self.model = None  # patched by this callback

@@ -21,13 +21,14 @@ def _packed(module, given: dict, window) -> Visibility | None:
     cache = next((given[name] for name in CACHE if given.get(name) is not None), None)
     if shape[0] != 1 or given.get("attention_mask") is not None:
         return None
+    lengths = given.get("cu_seq_lens_q") is not None and given.get("cu_seq_lens_k") is not None
+    if not lengths and (positions is None or positions.shape != (1, shape[1])):
+        return None  # before the cache is asked: the length of a static one stands on the device
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         return None  # continuous batching's cache tells no length
-    if given.get("cu_seq_lens_q") is not None and given.get("cu_seq_lens_k") is not None:
+    if lengths:
         packing = packing_from_cu_seqlens(*(given.get(name) for name in KEYWORDS))
         return Visibility(1, shape[1], shape[1], window=window, packing=packing)
-    if positions is None or positions.shape != (1, shape[1]):
-        return None
     numbers = sequence_ids(positions)
     if not is_traced() and not numbers[:, -1:].any():
         return None

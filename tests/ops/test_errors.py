@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_rule import int32, make_qkv
 
-from hf_flash import flash_attention
+from hf_flash import FlashAttention, flash_attention, flash_attn_func
 
 DEVICE = "cpu"
 
@@ -56,10 +56,11 @@ BAD = {
     "dropout negative": (arguments(dropout_p=-0.1), ValueError, ["`dropout_p`", "-0.1", "at least 0"]),
     "dropout nan": (arguments(dropout_p=float("nan")), ValueError, ["`dropout_p`", "nan"]),
     "softcap": (arguments(softcap=-1.0), ValueError, ["`softcap`", "-1.0", "positive"]),
-    "softcap nan": (arguments(softcap=float("nan")), ValueError, ["`softcap`", "nan", "positive and finite"]),
-    "softcap inf": (arguments(softcap=float("inf")), ValueError, ["`softcap`", "inf", "positive and finite"]),
-    "scale nan": (arguments(scale=float("nan")), ValueError, ["`scale`", "nan", "positive and finite"]),
-    "scale inf": (arguments(scale=float("inf")), ValueError, ["`scale`", "inf", "positive and finite"]),
+    "softcap nan": (arguments(softcap=float("nan")), ValueError, ["`softcap`", "nan", "positive and at most"]),
+    "softcap inf": (arguments(softcap=float("inf")), ValueError, ["`softcap`", "inf", "positive and at most"]),
+    "scale nan": (arguments(scale=float("nan")), ValueError, ["`scale`", "nan", "positive and at most"]),
+    "scale inf": (arguments(scale=float("inf")), ValueError, ["`scale`", "inf", "positive and at most"]),
+    "scale 1e39": (arguments(scale=1e39), ValueError, ["`scale`", "1e+39", "at most 3.4e+38"]),
     "scale": (arguments(scale=0.0), ValueError, ["`scale`", "0.0", "positive", "head_dim"]),
     "scale of a tensor": (arguments(scale=zeros().requires_grad_()), TypeError, ["`scale`", "tensor(0.", "gradient"]),
     "scale bool": (arguments(scale=True), TypeError, ["`scale` is True", "number"]),
@@ -135,6 +136,20 @@ def test_the_sentence(name):
     sentence = str(caught.value)
     for word in words:
         assert word in sentence, f"{word!r} is not in: {sentence}"
+
+
+def test_flash_attns_functions_say_what_is_wrong():
+    q = torch.randn(1, 4, 2, 12)
+    for changes, error, said in (
+        ({"dropout_p": "0.1", "return_attn_probs": True}, TypeError, "`dropout_p` is '0.1'"),
+        ({"return_attn_probs": "False"}, TypeError, "`return_attn_probs` is 'False'"),
+        ({"q": q[..., :0], "k": q[..., :0], "v": q[..., :0]}, ValueError, "head_dim 0"),
+        ({"q": q.sum()}, ValueError, r"`q` has shape \(\)"),
+    ):
+        with pytest.raises(error, match=said):
+            flash_attn_func(**{"q": q, "k": q, "v": q} | changes)
+    with pytest.raises(TypeError, match="`qkv` is a NoneType"):
+        FlashAttention()(None)
 
 
 def test_the_bindings_repeat_what_protects_memory():

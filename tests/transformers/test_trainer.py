@@ -111,3 +111,12 @@ def test_packed_by_the_collator(tiny, tmp_path):
     ours = trainer(tiny, tmp_path, [callback], name="gpt2", batch=batch, collator=collator)
     ours.train()
     assert callback.report().share == 1.0 and len(losses(ours)) == 3
+
+
+def test_arguments_are_checked_when_it_is_made():
+    for arguments, error in (
+        ({"restore_on_train_end": "False"}, TypeError), ({"fp": "x"}, TypeError), ({"fp32": "x"}, ValueError),
+        ({"padding_free": 1}, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=next(iter(arguments))):
+            hf_flash.FlashAttentionCallback(**arguments)

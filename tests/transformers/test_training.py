@@ -5,6 +5,7 @@ import copy
 import accelerate.hooks
 import pytest
 import torch
+import transformers
 from tiny_models import TINY
 
 import hf_flash
@@ -233,3 +234,22 @@ def test_a_traced_model_serves_other_masks(tiny, name, padding_free):
             mask = tiny.batch(name, padding)["attention_mask"]
             want, got = eager(ids, attention_mask=mask).logits, traced(ids, mask)
             assert (want - got)[mask.bool()].abs().max() <= 2e-5 * want.abs().max()
+    with pytest.raises(NotImplementedError, match=r"TRACE.*no_grad"):  # a trace has no gradient of ours
+        torch.jit.trace(Logits(model), (ids, mask), check_trace=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_row_with_a_static_cache_compiles_whole(tiny, name):
+    """The length of such a cache stands on the device: nobody reads it to find packed sequences."""
+    eager = tiny.make(name).eval()
+    model = hf_flash.patch_model(copy.deepcopy(eager), on_fallback="error")
+    ids = tiny.batch(name, "none")["input_ids"][:1]
+    logits = []
+    for run in (eager, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = transformers.StaticCache(config=eager.config, max_cache_len=24)
+        with torch.no_grad():
+            parts = [
+                run(input_ids=ids[:, cut], past_key_values=cache, use_cache=True) for cut in (slice(9), slice(9, 13))
+            ]
+        logits.append(torch.cat([part.logits for part in parts], 1))
+    assert (logits[0] - logits[1]).abs().max() <= 2e-5 * logits[0].abs().max()
