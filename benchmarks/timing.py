@@ -8,6 +8,7 @@ stream into a capture, which ends it with an error.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import statistics
 import time
@@ -44,6 +45,7 @@ class Measured:
                 out = self.call()
                 torch.autograd.grad(out, self.case.inputs, self.case.dout)
             del out
+            gc.collect()  # what the cell before left would be freed in between
             torch.cuda.synchronize()
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

@@ -375,32 +375,3 @@ def test_the_meta_device(tiny):
     out, _ = attention_forward(model.bert.encoder.layer[0].attention.self, q, q, q, None)
     assert out.shape == (2, 9, 4, 8) and out.device.type == "meta"
     assert hf_flash.explain(model).reasons().keys() == {"DEVICE"}
-
-
-@pytest.mark.parametrize("name", ["bert", "distilbert", "t5", "bart"])
-def test_masks_of_other_sizes_are_refused(tiny, name):
-    """Filled with hidden keys or cut in silence, they would change what is attended to."""
-    model = hf_flash.patch_model(tiny.make(name))
-    inputs = tiny.batch(name, "right")
-    mask = inputs["attention_mask"]
-    for wrong, said in (
-        (mask[:, :-4], "9 columns, but there are 13 keys"),
-        (torch.cat([mask, mask], 1), "26 columns"),
-        (mask[:2], r"shape \(2, 13\), but there are 3 sequences"),
-        (mask[0], r"shape \(13,\)"),
-        (mask[:, None].expand(3, 13, 13), r"shape \(3, 13, 13\)"),
-    ):
-        with pytest.raises(ValueError, match=rf"hf_flash \[MASK\]: attention_mask .*{said}"):
-            model(**inputs | {"attention_mask": wrong})
-
-
-def test_masks_as_long_as_a_static_cache(tiny):
-    """Causal models take them, and hide what is not there yet by position."""
-    eager = tiny.make("llama")
-    ours = hf_flash.patch_model(copy.deepcopy(eager), on_fallback="error")
-    ids, mask = tiny.batch("llama", "none")["input_ids"], torch.ones(3, 20, dtype=torch.long)
-    want, got = (
-        model(ids, attention_mask=mask, past_key_values=transformers.StaticCache(model.config, max_cache_len=20)).logits
-        for model in (eager, ours)
-    )
-    assert (want - got).abs().max() <= 2e-5 * want.abs().max()

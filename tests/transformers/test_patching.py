@@ -327,31 +327,3 @@ def test_what_was_left_out_is_told_so(tiny):
     rows = hf_flash.explain(model).rows
     assert {row.code for row in rows if row.name.startswith("encoder.")} == {"EXCLUDED"}
     assert {row.status for row in rows if row.name.startswith("decoder.")} == {"patched"}
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ({"padding_free": "False"}, "`padding_free` is 'False'; it must be True or False"),
-        ({"deterministic": "no"}, "`deterministic` is 'no'"),
-        ({"include": 3}, "include or exclude is 3; it must be a glob pattern"),
-        ({"exclude": [3]}, "include or exclude is"),
-    ],
-)
-def test_arguments_of_another_type_are_refused(tiny, arguments, said):
-    with pytest.raises(TypeError, match=said):
-        hf_flash.patch_model(tiny.make("bert"), **arguments)
-    if "include" not in arguments and "exclude" not in arguments:
-        with pytest.raises(TypeError, match=said):
-            hf_flash.FlashAttentionCallback(**arguments)
-
-
-def test_what_is_no_model_is_refused():
-    def enter(model):
-        with hf_flash.patched(model):
-            pass
-
-    for function in (hf_flash.patch_model, hf_flash.unpatch_model, hf_flash.explain, hf_flash.is_patched, enter):
-        for given in ("bert-base-uncased", None):
-            with pytest.raises(TypeError, match=r"`model` is a (str|NoneType); .*from_pretrained"):
-                function(given)

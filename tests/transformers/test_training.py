@@ -238,6 +238,7 @@ def test_a_traced_model_serves_other_masks(tiny, name, padding_free):
         torch.jit.trace(Logits(model), (ids, mask), check_trace=False)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.1", reason="GPT-2 of 5.0 compiles with no static cache itself")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_one_row_with_a_static_cache_compiles_whole(tiny, name):
     """The length of such a cache stands on the device: nobody reads it to find packed sequences."""
