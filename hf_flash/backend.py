@@ -135,14 +135,16 @@ def collects_attentions() -> bool:
 def _refusal(behaviour, module, options: Options, output_attentions, cache, others) -> Unsupported | None:
     """Why a call is not for our kernel, as far as that is known before looking at its tensors."""
     if report.disabled():
-        return Unsupported("DISABLED", "HF_FLASH_DISABLE=1 is set")
+        return Unsupported("DISABLED", "HF_FLASH_DISABLE=1 is set; unset it")
     if options.excluded:
         return Unsupported("EXCLUDED", "patch_model was told to leave this module out")
     if behaviour is None:
         return registry.class_reason(type(module))
     if output_attentions or collects_attentions():
         return Unsupported(
-            "OUTPUT_ATTENTIONS", "the weights asked for by output_attentions=True are never stored by a fused kernel"
+            "OUTPUT_ATTENTIONS",
+            "the weights asked for by output_attentions=True are never stored by a fused kernel; leave it out where "
+            "nobody reads them",
         )
     refused = None if behaviour.refuse is None else behaviour.refuse(module)
     if refused is not None:

@@ -218,16 +218,15 @@ def _attend(q, k, v, options, return_attn_probs):
     if options["scale"] is None:
         options["scale"] = head_dim**-0.5
     q, k, v = _padded(q), _padded(k), _padded(v)
-    reason = support.unclear("return_attn_probs", return_attn_probs)
-    if return_attn_probs and reason is None:
-        reason = support.unsupported(q, k, v, **options)
+    reason = support.unclear("return_attn_probs", return_attn_probs) or support.unsupported(q, k, v, **options)
     if reason is not None:
-        raise reason.exception()
+        sentence = reason.sentence.replace("`window`", "`window_size`").replace("`scale`", "`softmax_scale`")
+        raise reason._replace(sentence=sentence).exception()
     if not return_attn_probs:
-        return attention.flash_attention(q, k, v, **options)[..., :head_dim_v]
+        return attention.judged_attention(q, k, v, **options)[..., :head_dim_v]
     if options["dropout_p"] > 0:
         options["dropout_seed"] = attention.seed_on(q.device)
-    out, lse = attention.flash_attention(q, k, v, **options, return_lse=True)
+    out, lse = attention.judged_attention(q, k, v, **options, return_lse=True)
     weights = _signed_weights(q, k, v, options) if options["dropout_p"] > 0 else None
     return out[..., :head_dim_v], lse, weights
 

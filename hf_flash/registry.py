@@ -192,8 +192,9 @@ def class_reason(cls: type) -> Unsupported | None:
 def interface_reason(cls: type) -> Unsupported | None:
     """Why ``attn_implementation="hf_flash"`` cannot serve a model class, or None.
 
-    Judges the file that the model stands in: every attention class there must be on the list or wrap one that is. A
-    file without attention (composite models) leaves the judgement to the models inside.
+    Judges the file that the model stands in: one of its attention classes must be on the list, and those that are must
+    go through the interface; others fall back when they are called. A file without attention (composite models) leaves
+    the judgement to the models inside.
     """
     file = modeling_file(cls)
     if file is None:

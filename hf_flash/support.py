@@ -173,7 +173,10 @@ def _scores(name, t, q, dtypes, full) -> Unsupported | None:
         return reason
     missing = 4 - t.dim()
     if missing < 0 or any(size != 1 and size != want for size, want in zip(t.shape, full[missing:], strict=True)):
-        return _value(f"`{name}` has shape {tuple(t.shape)}, which does not broadcast to (B, Hq, Sq, Sk) = {full}")
+        hint = "; one of keys alone is mask[:, None, None]" if name == "mask" and t.dim() == 2 else ""
+        return _value(
+            f"`{name}` has shape {tuple(t.shape)}, which does not broadcast to (B, Hq, Sq, Sk) = {full}{hint}"
+        )
     return None
 
 

@@ -156,9 +156,9 @@ def test_a_tensor_that_is_not_stacked_raises(shape):
     "changes, error, words",
     [
         ({"softcap": float("nan")}, ValueError, ["`softcap`", "nan"]),
-        ({"window_size": (float("nan"), 0)}, TypeError, ["`window`", "nan", "integers"]),
-        ({"window_size": (-2.5, -1)}, TypeError, ["`window`", "-2.5", "integers"]),
-        ({"window_size": 3}, TypeError, ["`window` is 3", "(left, right)"]),
+        ({"window_size": (float("nan"), 0)}, TypeError, ["`window_size`", "nan", "integers"]),
+        ({"window_size": (-2.5, -1)}, TypeError, ["`window_size`", "-2.5", "integers"]),
+        ({"window_size": 3}, TypeError, ["`window_size` is 3", "(left, right)"]),
         ({"deterministic": "no"}, TypeError, ["`deterministic` is 'no'", "True or False"]),
         ({"q": [1.0]}, TypeError, ["`q` is a list", "torch.Tensor"]),
         ({"q": torch.zeros(1, 5, 2, 12), "k": torch.zeros(1, 5, 2, 14)}, ValueError, ["`k`", "14", "`q` 12", "equal"]),

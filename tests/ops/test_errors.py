@@ -143,6 +143,8 @@ def test_flash_attns_functions_say_what_is_wrong():
     for changes, error, said in (
         ({"dropout_p": "0.1", "return_attn_probs": True}, TypeError, "`dropout_p` is '0.1'"),
         ({"return_attn_probs": "False"}, TypeError, "`return_attn_probs` is 'False'"),
+        ({"window_size": 3}, TypeError, "`window_size` is 3"),
+        ({"softmax_scale": "x"}, TypeError, "`softmax_scale` is 'x'"),
         ({"q": q[..., :0], "k": q[..., :0], "v": q[..., :0]}, ValueError, "head_dim 0"),
         ({"q": q.sum()}, ValueError, r"`q` has shape \(\)"),
     ):
