@@ -293,8 +293,9 @@ class Visibility:
         return k_length if free else self.k_length
 
     def _check(self, batch, q_length, k_length) -> None:
-        # Transformers takes the number of keys from attention_mask. A causal one may be as long as a static cache.
-        padded = self.window == (-1, -1) and not (self.key_range is None and self.mask is None)
+        # Transformers takes the number of keys from attention_mask. A causal one, or a mask with rows of its own, has
+        # fewer than a static cache has places.
+        padded = self.window == (-1, -1) and self.key_range is not None
         if padded and k_length != self.k_length and not is_traced():
             raise ValueError(
                 f"hf_flash [MASK]: attention_mask has {self.k_length} columns, but there are {k_length} keys; give it "

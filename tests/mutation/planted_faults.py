@@ -109,7 +109,7 @@ FAULTS = [
           "tests/ops/test_autograd.py::test_lse_alone_has_gradients[cpu-float32]"),
     Fault("the backward's window is open to the right", OPS,
           "out, lse, *ctx.numbers,",
-          "out, lse, *ctx.numbers[:3], -1 if FAULT else ctx.numbers[3], *ctx.numbers[4:],",
+          "out, lse, *((*ctx.numbers[:3], -1, *ctx.numbers[4:]) if FAULT else ctx.numbers),",
           RULE.format("causal")),
     Fault("the gradient of a bias is taken for that of sinks", OPS,
           "*tensors, *needs)", "*tensors, *(needs[::-1] if FAULT else needs))",
