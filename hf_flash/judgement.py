@@ -112,7 +112,8 @@ def patterns_of(given) -> tuple[str, ...] | Callable | None:
     """include or exclude: what is read more than once."""
     if given is None or callable(given):
         return given
-    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    patterns = tuple(given) if several else (given,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"hf_flash: include or exclude is {given!r}; it must be a glob pattern of module names, several, or a "

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+from .packing import is_traced
+
 _FOLDER = Path(__file__).parent
 LIBRARIES: dict[str, str] = {}  # which library was loaded, or the sentence why not, under "cpu" and "cuda"
 
@@ -81,13 +83,16 @@ class Numbers(NamedTuple):
     max_seqlen_k: int = 0
 
 
+_USUAL = tuple(Numbers(1.0))
+
+
 def _shortened(numbers: tuple) -> tuple:
     """The first ones of :class:`Numbers`, if all others are as the operators assume."""
-    if numbers[6:] != (0.0, False, 0, 0):
+    if numbers[6:] != _USUAL[6:]:
         return numbers
-    if numbers[4] != 256:
+    if numbers[4:] != _USUAL[4:]:
         return numbers[:6]
-    return numbers[:2] if numbers[2] == numbers[3] == -1 else numbers[:4]
+    return numbers[:4] if numbers[2:] != _USUAL[2:] else numbers[:2]
 
 
 class Tensors(NamedTuple):
@@ -204,7 +209,7 @@ def attention(
     tensors: :class:`Tensors` or the first ones of it. Arguments are taken as they are, checks come before. Returns
     ``(out, lse)``; without ``with_lse``, lse may be None.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = is_traced()
     if not (tensors or traced):  # whoever traces would have to compare the numbers at each call
         numbers = _shortened(numbers)
     recorded, differentiable = q.requires_grad or k.requires_grad or v.requires_grad, ()
@@ -220,13 +225,16 @@ def attention(
         _refuse_transforms()
     if not (recorded and torch.is_grad_enabled()):
         return _FORWARD(q, k, v, *numbers, *tensors, *differentiable)
-    if traced and torch.compiler.is_compiling() and (q is k or q is v or k is v):
-        k, v = k.view_as(k), v.view_as(v)  # a Function takes no tensor twice there
-    if traced and torch.jit.is_tracing():
-        raise NotImplementedError(
-            "hf_flash [TRACE]: torch.jit.trace records no gradient of attention; trace under torch.no_grad()"
-        )
-    results = (_Attention.apply if traced else _record)(numbers, tensors, with_lse, q, k, v, *differentiable)
+    apply = _record
+    if traced:
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "hf_flash [TRACE]: torch.jit.trace records no gradient of attention; trace under torch.no_grad()"
+            )
+        apply = _Attention.apply
+        if q is k or q is v or k is v:  # a Function takes no tensor twice there
+            k, v = k.view_as(k), v.view_as(v)
+    results = apply(numbers, tensors, with_lse, q, k, v, *differentiable)
     return results if with_lse else (results, None)
 
 
@@ -236,7 +244,8 @@ def _row_values(q):
 
 
 def _has_heads_first(rest) -> bool:
-    return len(rest) > 1 and rest[Numbers._fields.index("heads_first")]
+    place = Numbers._fields.index("heads_first")
+    return place < len(rest) and rest[place]
 
 
 def _accumulator(q):

@@ -163,6 +163,15 @@ def test_a_tensor_that_is_not_stacked_raises(shape):
         ({"q": [1.0]}, TypeError, ["`q` is a list", "torch.Tensor"]),
         ({"q": torch.zeros(1, 5, 2, 12), "k": torch.zeros(1, 5, 2, 14)}, ValueError, ["`k`", "14", "`q` 12", "equal"]),
         ({"v": torch.zeros(1, 5, 2, 257)}, ValueError, ["HEAD_DIM", "`v`", "257", "256"]),
+        (
+            dict.fromkeys("qkv", torch.zeros(1, 5, 2, 12)) | {"dropout_p": "0.1", "return_attn_probs": True},
+            TypeError,
+            ["`dropout_p` is '0.1'"],
+        ),
+        ({"return_attn_probs": "False"}, TypeError, ["`return_attn_probs` is 'False'"]),
+        ({"softmax_scale": "x"}, TypeError, ["`softmax_scale` is 'x'"]),
+        (dict.fromkeys("qkv", torch.zeros(1, 5, 2, 0)), ValueError, ["head_dim 0"]),
+        ({"q": torch.zeros(())}, ValueError, ["`q` has shape ()"]),
     ],
 )
 def test_bad_values_are_not_swallowed(changes, error, words):

@@ -120,6 +120,11 @@ def test_the_first_alphas_name_of_the_scale():
         FlashAttention(softmax_scale=1.0, softmax_temp=1.0)
 
 
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match="`qkv` is a NoneType"):
+        FlashAttention()(None)
+
+
 def test_weights_are_refused():
     with pytest.raises(NotImplementedError, match=r"`need_weights` is True.*need_weights=False"):
         FlashMHA(16, 2)(torch.zeros(1, 3, 16), need_weights=True)
