@@ -43,30 +43,46 @@ def random_like(t, dtype, seed):
     return torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device, dtype)
 
 
-def run(q, k, v, options, *, dout=None, dlse=None, precision=None, dlse_only=False):
-    """Results and gradients by name: out, lse, dq, dk, dv and, where present, dbias, dsink.
+class Pass:
+    """A forward pass and its graph, of which gradients are taken as often as one likes.
 
     precision None runs ``flash_attention``; a dtype runs the reference with it, on inputs of that dtype.
-    dout and dlse are gradients, or functions that make them from out and lse; dout defaults to ones.
     """
-    tensors = {"q": q, "k": k, "v": v} | {name: options[name] for name in DIFFERENTIABLE if name in options}
-    wide = precision == torch.float64
-    leaves = {n: (t.double() if wide else t).detach().requires_grad_() for n, t in tensors.items()}
-    extras = {n: leaves.get(n, value) for n, value in options.items()}
-    if precision is None:
-        out, lse = flash_attention(leaves["q"], leaves["k"], leaves["v"], **extras, return_lse=True)
-    else:
-        extras.pop("deterministic", None)
-        out, lse = reference_attention(leaves["q"], leaves["k"], leaves["v"], **extras, dtype=precision)
-    dout = torch.ones_like(out) if dout is None else dout(out) if callable(dout) else dout.to(out.dtype)
-    results = {"out": out, "lse": lse}
-    gradients = {"out": dout}
-    if dlse is not None:
-        gradients["lse"] = dlse(lse) if callable(dlse) else dlse.to(lse.dtype)
-    grads = torch.autograd.grad(
-        [results[n] for n in gradients], list(leaves.values()), list(gradients.values()), materialize_grads=True
-    )
-    return {n: t.detach() for n, t in results.items()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+    def __init__(self, q, k, v, options, precision=None):
+        tensors = {"q": q, "k": k, "v": v} | {name: options[name] for name in DIFFERENTIABLE if name in options}
+        wide = precision == torch.float64
+        self.leaves = {n: (t.double() if wide else t).detach().requires_grad_() for n, t in tensors.items()}
+        extras = {n: self.leaves.get(n, value) for n, value in options.items()}
+        qkv = (self.leaves["q"], self.leaves["k"], self.leaves["v"])
+        if precision is None:
+            out, lse = flash_attention(*qkv, **extras, return_lse=True)
+        else:
+            extras.pop("deterministic", None)
+            out, lse = reference_attention(*qkv, **extras, dtype=precision)
+        self.graph = {"out": out, "lse": lse}
+        self.results = {"out": out.detach(), "lse": lse.detach()}
+
+    def gradients(self, dout, dlse=None):
+        """By name: dq, dk, dv and, where present, dbias, dsink."""
+        given = {"out": dout.to(self.graph["out"].dtype)}
+        if dlse is not None:
+            given["lse"] = dlse.to(self.graph["lse"].dtype)
+        results, leaves = [self.graph[n] for n in given], list(self.leaves.values())
+        grads = torch.autograd.grad(results, leaves, list(given.values()), retain_graph=True, materialize_grads=True)
+        return {f"d{n}": g for n, g in zip(self.leaves, grads, strict=True)}
+
+
+def run(q, k, v, options, *, dout=None, dlse=None, precision=None):
+    """Results and gradients by name: out, lse, dq, dk, dv and, where present, dbias, dsink.
+
+    dout and dlse are gradients, or functions that make them from out and lse; dout defaults to ones. precision: as in
+    :class:`Pass`.
+    """
+    forward = Pass(q, k, v, options, precision)
+    out, lse = forward.graph.values()
+    dout = torch.ones_like(out) if dout is None else dout(out) if callable(dout) else dout
+    return forward.results | forward.gradients(dout, dlse(lse) if callable(dlse) else dlse)
 
 
 def dropped(seed, batch, heads, rows, cols, p, dtype, device, **options):
@@ -93,23 +109,27 @@ def largest(t):
 def judge(name, ours, reference, own, floor=0.0):
     """Raises AssertionError unless ours obeys the rule; minus infinity must stand where the reference has it."""
     assert ours.shape == reference.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
+    if ours.numel() == 0:
+        return
     finite = reference.isfinite()
-    assert torch.equal(ours.isfinite(), finite), f"{name} is not finite where it should be, or the other way round"
-    assert torch.equal(ours[~finite].double(), reference[~finite]), f"{name} has another infinity than the reference"
-    reference = torch.where(finite, reference, 0)
-    error, own_error = ((torch.where(finite, x.double(), 0) - reference).abs() for x in (ours, own))
-    top = max(1.0, largest(reference)) if name == "lse" else largest(reference)
-    allowed = 2 * largest(own_error) + 2 * ulp(top, ours.dtype) + floor
+    wanted = torch.where(finite, reference, 0).abs()
+    error, own_error = (torch.where(finite, x.double() - reference, 0).abs() for x in (ours, own))
+    numbers = [error.max(), error.mean(), own_error.max(), own_error.mean(), wanted.max(), wanted.mean()]
+    faults = [(ours.isfinite() != finite).any(), (~finite & (ours != reference)).any()]
+    worst, mean, own_worst, own_mean, top, usual, *faults = torch.stack(
+        numbers + faults
+    ).tolist()  # one synchronisation
+    assert not faults[0], f"{name} is not finite where it should be, or the other way round"
+    assert not faults[1], f"{name} has another infinity than the reference"
+    top = max(1.0, top) if name == "lse" else top
+    allowed = 2 * own_worst + 2 * ulp(top, ours.dtype) + floor
     if ours.dtype == torch.float64:
         allowed = 1e-12 * max(1.0, top)
-    assert largest(error) <= allowed, (
-        f"{name}: error {largest(error):.3e}, allowed {allowed:.3e} (PyTorch's own {largest(own_error):.3e}, "
-        f"largest value {top:.3e})"
+    assert worst <= allowed, (
+        f"{name}: error {worst:.3e}, allowed {allowed:.3e} (PyTorch's own {own_worst:.3e}, largest value {top:.3e})"
     )
-    if error.numel():
-        allowed_mean = 2 * own_error.mean().item() + ulp(reference.abs().mean().item(), ours.dtype) + floor
-        mean = error.mean().item()
-        assert mean <= max(allowed_mean, 1e-12), f"{name}: mean error {mean:.3e}, allowed {allowed_mean:.3e}"
+    allowed_mean = 2 * own_mean + ulp(usual, ours.dtype) + floor
+    assert mean <= max(allowed_mean, 1e-12), f"{name}: mean error {mean:.3e}, allowed {allowed_mean:.3e}"
 
 
 def check(q, k, v, *, dout=None, lse_gradient=True, small=False, seed=1, **options):
@@ -118,14 +138,13 @@ def check(q, k, v, *, dout=None, lse_gradient=True, small=False, seed=1, **optio
     dout and dlse are random unless dout is given. With ``small`` PyTorch's own error has a floor under it
     (:func:`unavoidable`), for tensors so small that it can be zero by luck.
     """
-    with torch.no_grad():
-        out, lse = reference_attention(q, k, v, **{n: x for n, x in options.items() if n != "deterministic"})
-    dlse = random_like(lse, torch.float32, seed + 1) if lse_gradient else None
-    dout = random_like(out, q.dtype, seed) if dout is None else dout
+    exact, plain = (Pass(q, k, v, options, precision) for precision in (torch.float64, q.dtype))
+    dlse = random_like(exact.results["lse"], torch.float32, seed + 1) if lse_gradient else None
+    dout = random_like(exact.results["out"], q.dtype, seed) if dout is None else dout
     ours = run(q, k, v, options, dout=dout, dlse=dlse)
-    reference = run(q, k, v, options, dout=dout, dlse=dlse, precision=torch.float64)
-    own = run(q, k, v, options, dout=dout, dlse=dlse, precision=q.dtype)
-    floor = unavoidable(q, k, v, options, dout, dlse, reference) if small else {}
+    reference = exact.results | exact.gradients(dout, dlse)
+    own = plain.results | plain.gradients(dout, dlse)
+    floor = unavoidable(exact, plain, options, dout, dlse) if small else {}
     assert ours["out"].dtype == q.dtype and ours["dq"].dtype == q.dtype and ours["dk"].dtype == q.dtype
     for name, value in ours.items():
         judge(name, value, reference[name], own[name], floor.get(name, 0.0))
@@ -149,8 +168,10 @@ def check_poison_outside_ranges(q, k, v, options):
         assert name == "lse" or clean.isfinite().all()
 
 
-def unavoidable(q, k, v, options, dout, dlse, reference):
+def unavoidable(exact, plain, options, dout, dlse):
     """For each result, twice what the rounding of out and lse does to it, plus float32's own noise.
+
+    exact and plain: the reference's :class:`Pass` in float64 and in q's dtype.
 
     A kernel that keeps out and lse and not the probabilities computes these again from the rounded lse, and reads each
     row's sum of dout * out off the rounded out. The error of lse scales the row's gradients, that of the sum acts as a
@@ -160,23 +181,19 @@ def unavoidable(q, k, v, options, dout, dlse, reference):
     The GPU's kernels round the probabilities before they multiply v, as PyTorch's own attention does, so there its out
     stands for the rounded one. Rounding errors of rows have no common sign: the floor is the largest of a few draws.
     """
-    out, lse = reference["out"], reference["lse"].nan_to_num(neginf=0.0)
-    rounded_out = out.to(q.dtype)
-    if q.is_cuda:
-        with torch.no_grad():
-            choice = {name: x for name, x in options.items() if name != "deterministic"}
-            rounded_out = reference_attention(q, k, v, **choice, dtype=q.dtype)[0]
+    q, k, v = (plain.leaves[name].detach() for name in "qkv")
+    out, lse = exact.results["out"], exact.results["lse"].nan_to_num(neginf=0.0)
+    rounded_out = plain.results["out"] if q.is_cuda else out.to(q.dtype)
     error = (dout.double() * (rounded_out.double() - out)).sum(-1).mT
     eps, scale = torch.finfo(torch.float32).eps, options.get("scale") or q.shape[-1] ** -0.5
     score_noise = eps * scale * longest_row(q) * longest_row(k)
     relative = (lse.abs() * eps + score_noise) / 2
-    extra = 0 if dlse is None else dlse * relative
+    extra, moved_out = 0 if dlse is None else dlse * relative, dout * relative.mT[..., None]
     rounded = {}
     for draw in range(4 if q.is_cuda else 1):
         sign = 1 if draw == 0 else random_like(error, torch.float64, draw).sign()
-        moved = {"dout": dout * relative.mT[..., None], "dlse": extra - sign * error}
-        sums = run(q, k, v, options, **moved, precision=torch.float64)
-        rounded = {name: torch.maximum(x.abs(), rounded.get(name, x.abs())) for name, x in sums.items()}
+        for name, x in exact.gradients(moved_out, extra - sign * error).items():
+            rounded[name] = torch.maximum(x.abs(), rounded.get(name, x.abs()))
     noise = 8 * eps * longest_row(dout) * longest_row(v) / (1 - options.get("dropout_p", 0.0))
     floors = {
         "dq": noise * scale * largest(k),

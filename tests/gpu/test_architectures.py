@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from attention_fuzz import Draw
-from attention_rule import dropped, judge, random_like, run, seed_tensor, unavoidable
+from attention_rule import Pass, dropped, judge, random_like, run, seed_tensor, unavoidable
 from reproducible_gradients import hashes
 
 from hf_flash import flash_attention
-from hf_flash.reference import reference_attention
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -69,15 +68,13 @@ def test_results_agree_by_the_rule(with_kernels, dtype):
     for seed in range(10_000, 10_150):
         call = Draw(seed, "cuda", dtype, longest=260)
         qkv, options = (call.q, call.k, call.v), call.options
-        choice = {name: x for name, x in options.items() if name != "deterministic"}
-        with torch.no_grad():
-            out, lse = reference_attention(*qkv, **choice)
-        gradients = {"dout": random_like(out, dtype, 1), "dlse": random_like(lse, torch.float32, 2)}
-        theirs = with_kernels("sm80", run, *qkv, options, **gradients)
-        ours = with_kernels("sm90", run, *qkv, options, **gradients)
-        own = run(*qkv, options, **gradients, precision=dtype)
-        exact = run(*qkv, options, **gradients, precision=torch.float64)
-        floor = unavoidable(*qkv, options, gradients["dout"], gradients["dlse"], exact)
+        exact, plain = (Pass(*qkv, options, precision) for precision in (torch.float64, dtype))
+        dout = random_like(exact.results["out"], dtype, 1)
+        dlse = random_like(exact.results["lse"], torch.float32, 2)
+        theirs = with_kernels("sm80", run, *qkv, options, dout=dout, dlse=dlse)
+        ours = with_kernels("sm90", run, *qkv, options, dout=dout, dlse=dlse)
+        own = plain.results | plain.gradients(dout, dlse)
+        floor = unavoidable(exact, plain, options, dout, dlse)
         for name in ours:
             try:  # twice the floor: either side may be off by it
                 judge(name, ours[name], theirs[name].double(), own[name], 2 * floor.get(name, 0.0))
