@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "attention/key_head_parts.h"
 #include "dispatch.h"
@@ -102,6 +103,8 @@ struct Pass {
 
 struct Sm80Pass : Pass {
   static constexpr bool has_variants(int head_dim) { return sm80::has_variants(head_dim); }
+  static constexpr bool has_linear_terms(int head_dim, bool) { return sm80::has_linear_terms(head_dim); }
+  bool prefers_linear_terms() const { return sm90::linear_terms_alone(p); }
 };
 
 struct Sm80Forward : Sm80Pass {
@@ -173,7 +176,8 @@ static AttentionParams split_key_heads(const AttentionParams& p, int hopper) {
     keys = sm90::keys_of_work(p, hopper);
     ctas /= sm90::team_of(p, hopper);
   } else {
-    const auto config = sm80::backward_config(head_dim_of(p), p.has_extras(), compute_capability_major() == 9);
+    const auto config = sm80::backward_config(head_dim_of(p), p.has_extras() ? Terms::kEvery : Terms::kNone,
+                                              compute_capability_major() == 9);
     keys = config.keys;
     ctas *= config.blocks_per_sm;
   }
@@ -209,12 +213,16 @@ int64_t backward_workspace(const AttentionParams& p) {
 
 static void bias_gradient(const AttentionParams& p, cudaStream_t stream) {
   const bool hopper = architecture() == Arch::kSm90 && sm90::has_bias_gradient(p);
+  const bool linear = sm90::linear_terms_alone(p);
   with_type(p, [&](auto element) {
     using T = decltype(element);
-    if (!hopper) return sm80::run_bias_gradient<T>(p, stream);
-    if (!sm90::linear_terms_alone(p)) return sm90::run_bias_gradient<T, true, Terms::kEvery>(p, stream);
-    if (p.drops()) return sm90::run_bias_gradient<T, true, Terms::kLinear>(p, stream);
-    sm90::run_bias_gradient<T, false, Terms::kLinear>(p, stream);
+    const auto run = [&](auto dropout, auto terms) {
+      if (hopper) return sm90::run_bias_gradient<T, dropout(), terms()>(p, stream);
+      sm80::run_bias_gradient<T, dropout(), terms()>(p, stream);
+    };
+    using Linear = std::integral_constant<Terms, Terms::kLinear>;
+    if (!linear) return run(std::true_type(), std::integral_constant<Terms, Terms::kEvery>());
+    p.drops() ? run(std::true_type(), Linear()) : run(std::false_type(), Linear());
   });
 }
 

@@ -48,7 +48,7 @@ struct BiasWalk {
     j_end = p.dbias.col == 0 ? p.seqlen_k : j_begin + BiasTiles::kKeys;
   }
 
-  // Task: a BiasTask and what a kernel adds to it in prepare(p).
+  // Task: a BiasTask and what a kernel adds to it in prepare(p). One after the other, by one thread:
   template <class Task>
   __device__ void find_first(const AttentionParams& p, Task& task) const {
     find(p, task, batch_begin, head_begin, i_begin, j_begin);
@@ -60,6 +60,41 @@ struct BiasWalk {
     } else {
       task.exists = false;
     }
+  }
+
+  // Or many, by a whole warp: the next `count` tasks, at most 32, to tasks[0 ..]; those past the last do not exist.
+  // next: the score tile to go on from, of all that the walk goes through, first 0; in shared memory.
+  template <class Task>
+  __device__ __noinline__ void list(const AttentionParams& p, Task* tasks, int count, int64_t& next) const {
+    const int lane = threadIdx.x % 32;
+    const uint32_t columns = (j_end - j_begin + BiasTiles::kKeys - 1) / BiasTiles::kKeys;
+    const uint32_t rows = (i_end - i_begin + BiasTiles::kQueries - 1) / BiasTiles::kQueries;
+    const uint32_t heads = head_end - head_begin;
+    int64_t place = next + lane;
+    int listed = 0;
+    while (listed < count) {
+      const uint32_t plane = static_cast<uint32_t>(place / (columns * rows));
+      const uint32_t tile = static_cast<uint32_t>(place % (columns * rows));
+      const int b = batch_begin + plane / heads, h = head_begin + plane % heads;
+      const int i0 = i_begin + tile / columns * BiasTiles::kQueries, j0 = j_begin + tile % columns * BiasTiles::kKeys;
+      const bool exists = b < batch_end && columns * rows > 0;
+      if (!__any_sync(0xffffffffu, exists)) break;
+      const Sequence sequence(p, exists ? b : batch_begin);
+      const bool seen = exists && sees(p, sequence, i0, j0);
+      const uint32_t found = __ballot_sync(0xffffffffu, seen);
+      const int slot = listed + __popc(found & ((1u << lane) - 1));
+      if (seen && slot < count) {
+        fill(p, tasks[slot], sequence, b, h, i0, j0);
+        tasks[slot].prepare(p);
+      }
+      // On behind the last that had a place.
+      const int left = count - listed;
+      place += __popc(found) <= left ? 32 : __fns(found, 0, left) + 1;
+      listed += min(__popc(found), left);
+    }
+    for (int slot = listed + lane; slot < count; slot += 32) tasks[slot].exists = false;
+    __syncwarp();
+    if (lane == 0) next = place;
   }
 
  private:

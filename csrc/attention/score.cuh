@@ -82,8 +82,15 @@ __device__ __forceinline__ bool all_visible(const AttentionParams& p, const Sequ
 // Times log2 e above softmax.cuh's kNothingSeen; a power of two, so that its products with constants are exact.
 constexpr float kLowestBias = -0x1p127f;
 
-// The terms that most calls do without.
-template <class T, bool TRANSPOSED>
+// The lowest finite numbers, which callers use to mean "hardly visible", must not become -inf.
+__device__ __forceinline__ float bias_to_log2(float bias) {
+  return bias == -CUDART_INF_F ? bias : fmaxf(bias, kLowestBias) * kLog2E;
+}
+__device__ __forceinline__ float bias_to_log2(BFloat16 bias) { return bias_to_log2(to_float(bias)); }
+__device__ __forceinline__ float bias_to_log2(Half bias) { return to_float(bias) * kLog2E; }  // none of them overflows
+
+// The terms that most calls do without. EVERY: all of them; otherwise ALiBi alone.
+template <class T, bool TRANSPOSED, bool EVERY = true>
 struct ScoreExtras {
   const AttentionParams& p;
   const char* bias;             // of this batch and head; null: none
@@ -93,13 +100,13 @@ struct ScoreExtras {
 
   __device__ ScoreExtras(const AttentionParams& p, int b, int h) : p(p), bias(nullptr), mask(nullptr), slope(0) {
     bias_pairs = mask_pairs = false;
-    if (p.bias.data != nullptr) {
+    if (EVERY && p.bias.data != nullptr) {
       const int size = p.bias.dtype == DType::kFloat32 ? 4 : 2;
       bias = static_cast<const char*>(p.bias.data) + size * (b * p.bias.batch + h * p.bias.head);
       bias_pairs = pairs(bias, p.bias, 2 * size);
     }
     const void* const hides = !TRANSPOSED && p.key_mask != nullptr ? p.key_mask : p.mask.data;
-    if (hides != nullptr) {
+    if (EVERY && hides != nullptr) {
       mask = static_cast<const uint8_t*>(hides) + b * p.mask.batch + h * p.mask.head;
       mask_pairs = pairs(mask, p.mask, 2);
     }
@@ -113,7 +120,7 @@ struct ScoreExtras {
   // Raw products to scores in log2 units, the softcap included: first step of apply().
   template <int ROWS, int COLS>
   __device__ __forceinline__ void scale_and_cap(Accumulator<ROWS, COLS>& s) const {
-    if (p.softcap == 0) {
+    if (!EVERY || p.softcap == 0) {
       const float scale = static_cast<float>(p.scale) * kLog2E;
       s.for_each([&](float& x, int, int) { x *= scale; });
     } else {
@@ -127,14 +134,14 @@ struct ScoreExtras {
   template <int ROWS, int COLS>
   __device__ __forceinline__ void add(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
     if (slope != 0) add_alibi(s, i0 + sequence.offset - j0);
-    if (bias != nullptr) {
+    if (EVERY && bias != nullptr) {
       if (p.bias.dtype == DType::kFloat32) {
         add_bias<float>(s, sequence, i0, j0);
       } else {
         add_bias<T>(s, sequence, i0, j0);
       }
     }
-    if (mask != nullptr) hide_masked(s, sequence, i0, j0);
+    if (EVERY && mask != nullptr) hide_masked(s, sequence, i0, j0);
   }
 
   template <int ROWS, int COLS>
@@ -171,12 +178,12 @@ struct ScoreExtras {
       for_each_pair(s, sequence, i0, [&](float& low, float& high, int i, int col) {
         const Pair pair =
             *reinterpret_cast<const Pair*>(reinterpret_cast<const B*>(bias) + i * p.bias.row + (j0 + col));
-        low += to_log2(pair.low);
-        high += to_log2(pair.high);
+        low += bias_to_log2(pair.low);
+        high += bias_to_log2(pair.high);
       });
     } else {
       for_each_element(s, sequence, i0, j0, [&](float& x, int i, int j) {
-        x += to_log2(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]);
+        x += bias_to_log2(reinterpret_cast<const B*>(bias)[i * p.bias.row + j * p.bias.col]);
       });
     }
   }
@@ -196,13 +203,6 @@ struct ScoreExtras {
       });
     }
   }
-
-  // The lowest finite numbers, which callers use to mean "hardly visible", must not become -inf.
-  __device__ static float to_log2(float bias) {
-    return bias == -CUDART_INF_F ? bias : fmaxf(bias, kLowestBias) * kLog2E;
-  }
-  __device__ static float to_log2(BFloat16 bias) { return to_log2(to_float(bias)); }
-  __device__ static float to_log2(Half bias) { return to_float(bias) * kLog2E; }  // none of them overflows
 
   // f(x(i, j), x(i, j + 1), i, j - j0), plain orientation, tile inside [0, len_k).
   template <int ROWS, int COLS, class F>

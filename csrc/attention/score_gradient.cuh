@@ -70,8 +70,8 @@ struct BiasGradient {
 };
 
 // BYTEWISE: exponentiate() looks up the bytes of what it drops one by one; compared four at once they would take two
-// registers more.
-template <class T, bool DROPOUT, bool EXTRAS, bool BYTEWISE = EXTRAS>
+// registers more. EVERY: as in ScoreExtras, and dropout may be off.
+template <class T, bool DROPOUT, bool EXTRAS, bool BYTEWISE = EXTRAS, bool EVERY = EXTRAS>
 struct ScoreGradient {
   const AttentionParams& p;
   const Sequence& sequence;
@@ -83,24 +83,26 @@ struct ScoreGradient {
 
   // s, dp: raw products of keys j0 .. and queries i0 .. of query head h; lse (as above) and row_sum of those queries.
   // Leaves the probabilities that enter dV in s and the gradient of scale * q.k in dp. seen: the keys' seen_keys().
-  template <int ROWS, int COLS>
+  // add_bias(s): adds the bias to scores in log2 units and says so, or says that it was left out.
+  template <int ROWS, int COLS, class AddBias>
   __device__ __forceinline__ void apply(Accumulator<ROWS, COLS>& s, Accumulator<ROWS, COLS>& dp, const float* lse,
-                                        const float* row_sum, int i0, int j0, bool boundary,
-                                        const uint32_t* seen) const {
+                                        const float* row_sum, int i0, int j0, bool boundary, const uint32_t* seen,
+                                        const AddBias& add_bias) const {
     if constexpr (!EXTRAS) {
       if (boundary) hide_invisible<true>(s, p, sequence, i0, j0, *seen);
       differentiate(s, dp, lse, row_sum, i0, j0, static_cast<float>(p.scale) * kLog2E);
     } else {
-      const ScoreExtras<T, true> extras(p, b, h);
+      ScoreExtras<T, true, EVERY> extras(p, b, h);
       SoftcapSlopes<ROWS, COLS> slopes;
       extras.scale_and_cap(s);
-      if (p.softcap != 0) slopes.keep(s, static_cast<float>(p.softcap));
+      if (EVERY && p.softcap != 0) slopes.keep(s, static_cast<float>(p.softcap));
+      if (add_bias(s)) extras.bias = nullptr;
       extras.add(s, sequence, i0, j0);
       if (boundary) hide_invisible<true>(s, p, sequence, i0, j0, *seen);
       differentiate(s, dp, lse, row_sum, i0, j0, 1.0f);
       const BiasGradient bias(p, b, h);
-      if (bias.data != nullptr) bias.store(dp, sequence, i0, j0);
-      if (p.softcap != 0) slopes.multiply(dp);
+      if (EVERY && bias.data != nullptr) bias.store(dp, sequence, i0, j0);
+      if (EVERY && p.softcap != 0) slopes.multiply(dp);
     }
   }
 
@@ -110,7 +112,7 @@ struct ScoreGradient {
   template <int COLS>
   __device__ __forceinline__ void exponentiate(Accumulator<16, COLS>& s, const float* lse, float factor, int i0,
                                                int j0) const {
-    if (!DROPOUT || (EXTRAS && dropout.keep >= 256)) {
+    if (!DROPOUT || (EVERY && dropout.keep >= 256)) {
       exponentiate<false>(s, lse, factor, i0, j0);
     } else {
       exponentiate<true>(s, lse, factor, i0, j0);
@@ -174,7 +176,7 @@ struct ScoreGradient {
                                                 const float* lse, const float* row_sum, int i0, int j0,
                                                 float factor) const {
     constexpr int kM = ROWS / 16;
-    const bool drops = DROPOUT && (!EXTRAS || p.dropout_keep < 256);
+    const bool drops = DROPOUT && (!EVERY || p.dropout_keep < 256);
     DropoutWords words;
 #pragma unroll
     for (int block = 0; block < kM * COLS / 16; ++block) {  // 16 x 16 blocks, those of one query block side by side

@@ -1,6 +1,8 @@
 // Tile sizes of the mma.sync backward: one table, the reason beside each number.
 #pragma once
 
+#include "params.h"
+
 namespace hf_flash::sm80 {
 
 struct BackwardConfig {
@@ -17,12 +19,14 @@ struct BackwardConfig {
 };
 
 // hopper: a block has up to 227 KB of shared memory; otherwise 99 KB must do (sm_86, sm_89).
-constexpr BackwardConfig backward_config(int head_dim, bool extras, bool hopper) {
+constexpr BackwardConfig backward_config(int head_dim, Terms terms, bool hopper) {
+  const bool extras = terms != Terms::kNone;
 #ifdef HF_FLASH_BACKWARD_CONFIG  // for sweeps
   return HF_FLASH_BACKWARD_CONFIG;
 #endif
-  // 32 keys a warp: a fragment of Q or dO read from shared memory feeds two mma. Extras need registers for themselves.
-  if (head_dim <= 64) return {128, 64, 4, 1, 2, true, extras ? 16 : 32, 2, 2};
+  // 32 keys a warp: a fragment of Q or dO read from shared memory feeds two mma. Most of the terms need registers for
+  // themselves: blocks of 16 queries, which cost linear ones 12 % (a bias) to 17 % (ALiBi, S 2048).
+  if (head_dim <= 64) return {128, 64, 4, 1, 2, true, terms == Terms::kEvery ? 16 : 32, 2, 2};
   if (head_dim <= 96) return {64, 64, 4, 1, 2, true, 32, 2, 2};
   // 16 keys a warp read shared memory a third more often than 32 keys in a pair of warps: 0.93 against 1.05 of the
   // speed of PyTorch's flash backend. The pair's buffers need 193 KB.

@@ -8,13 +8,13 @@
 
 namespace hf_flash::sm80 {
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS, bool HOPPER>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS, bool HOPPER>
 struct BackwardTraits {
   using T = ELEMENT;
-  static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, EXTRAS, HOPPER);
+  static constexpr BackwardConfig kConfig = backward_config(HEAD_DIM, TERMS, HOPPER);
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
-  static constexpr bool kExtras = EXTRAS;
+  static constexpr bool kExtras = TERMS != Terms::kNone, kEveryTerm = TERMS == Terms::kEvery;
   static constexpr bool kHopper = HOPPER;
   static constexpr int kThreads = 32 * kConfig.warps;
   static constexpr int kKeys = kConfig.keys;
@@ -35,13 +35,16 @@ struct BackwardTraits {
   using QueryTile = SharedTile<kQueries, HEAD_DIM>;
   using ScoreTile = SharedTile<kKeys, kQueries>;
   // Shared memory: K, V, then for each stage Q and dO, then dS (and P where it is shared), twice where dQ comes late,
-  // then for each stage lse and row_sum, then what each warp's keys are seen by, then BackwardSteps and Sequence.
+  // or once and a step's bias beside it, then for each stage lse and row_sum, then what each warp's keys are seen by,
+  // then BackwardSteps and Sequence.
   static constexpr uint32_t kV = KeyTile::kBytes;
   static constexpr uint32_t kStages = 2 * KeyTile::kBytes;
   static constexpr uint32_t kStageBytes = 2 * QueryTile::kBytes;
   static constexpr uint32_t kScores = kStages + kConfig.stages * kStageBytes;
   static constexpr uint32_t kScoreBytes = kSplit * ScoreTile::kBytes;
-  static constexpr uint32_t kRowValues = kScores + (kLate ? 2 : 1) * kScoreBytes;
+  // Where dQ comes late a step's bias lies in the place of its dS, which nobody reads any more.
+  static constexpr uint32_t kBias = kScores + kScoreBytes;
+  static constexpr uint32_t kRowValues = kLate ? kBias + kScoreBytes : kBias + (kExtras ? ScoreTile::kBytes : 0);
   static constexpr uint32_t kVisible = kRowValues + kConfig.stages * 2 * kQueries * sizeof(float);
   static constexpr uint32_t kSeenKeys = kVisible + kConfig.warps * sizeof(int4);
   static constexpr uint32_t kSteps = kSeenKeys + (kConfig.warps + 3) / 4 * 4 * sizeof(uint32_t);

@@ -32,8 +32,9 @@ struct BiasSources : BiasTask {
 };
 
 // The tile of scores is as large as the registers allow: all four tensors change with every task, and at 128 x 128 they
-// come from the L2 cache about as fast as mma.sync multiplies them. Three places for a pair of tiles (Q and K or dO and
-// V, 64 columns of them) let two chunks be under way while one is used, and fit the 99 KB of sm_86 and sm_89.
+// come from the L2 cache about as fast as mma.sync multiplies them. Places for pairs of tiles (Q and K or dO and V, 64
+// columns of them): while one is used the next is filled. All tasks have the same tile of the bias, which is copied
+// once where it can be. All that fits the 99 KB of sm_86 and sm_89.
 struct BiasConfig {
   static constexpr int kQueries = BiasTiles::kQueries, kKeys = BiasTiles::kKeys;
   static constexpr int kColumns = 64;  // of the head dimension, a chunk
@@ -42,10 +43,15 @@ struct BiasConfig {
   static constexpr int kThreads = 32 * kRowWarps * kKeyWarps;
   using Tile = SharedTile<128, kColumns>;
   static_assert(Tile::kRows == kQueries && Tile::kRows == kKeys);
+  using BiasTile = SharedTile<kQueries, kKeys>;
+  static constexpr int kPlaces = 2;  // three gain 2 %, where they fit
   static constexpr uint32_t kPlaceBytes = 2 * Tile::kBytes;
-  static constexpr int kTasks = 4;  // one for slow warps' last step, the one computed, the next ones; a power of two
-  static constexpr uint32_t kTaskPlace = 3 * kPlaceBytes;
-  static constexpr uint32_t kSharedBytes = kTaskPlace + kTasks * sizeof(BiasSources);
+  static constexpr uint32_t kBias = kPlaces * kPlaceBytes;
+  // Listed in halves, of which one is at work while a warp lists the next.
+  static constexpr int kTasks = 16;
+  static constexpr uint32_t kTaskPlace = kBias + BiasTile::kBytes;
+  static constexpr uint32_t kNext = kTaskPlace + kTasks * sizeof(BiasSources);
+  static constexpr uint32_t kSharedBytes = kNext + sizeof(int64_t);
   static_assert(kSharedBytes <= 99 * 1024);
 
   __host__ __device__ static constexpr int chunks(int head_dim) { return (head_dim + kColumns - 1) / kColumns; }
@@ -61,7 +67,7 @@ struct BiasGrid : BiasTiles {
     return dim3(tiles, heads, left < TileSchedule::kMaxBatch ? left : TileSchedule::kMaxBatch);
   }
   __device__ BiasWalk walk(const AttentionParams& p) const {
-    return BiasWalk(p, key_tiles, blockIdx.x, blockIdx.y, first_batch + blockIdx.z);
+    return BiasWalk(p, key_tiles, opaque(blockIdx.x), opaque(blockIdx.y), first_batch + opaque(blockIdx.z));
   }
 };
 

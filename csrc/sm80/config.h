@@ -2,6 +2,8 @@
 // shared memory a block that sm_86 and sm_89 have, so one instance serves every GPU.
 #pragma once
 
+#include "params.h"
+
 namespace hf_flash::sm80 {
 
 struct ForwardConfig {
@@ -13,14 +15,16 @@ struct ForwardConfig {
   int blocks_per_sm;          // caps the registers
 };
 
-constexpr ForwardConfig forward_config(int head_dim, bool dropout, bool extras) {
+constexpr ForwardConfig forward_config(int head_dim, bool dropout, Terms terms) {
 #ifdef HF_FLASH_FORWARD_CONFIG  // for sweeps
   return HF_FLASH_FORWARD_CONFIG;
 #endif
   // Measured on an H200 (benchmarks/FACTS.md). 64 keys a tile spread the cost of a step's barrier, copies and maxima;
   // 32 rows a warp halve the reads of K and V. What does not fit 255 registers gets smaller in one of the two.
-  if (head_dim <= 64 && extras) return {32, 4, 32, 16, true, 2};
-  if (head_dim <= 64 && dropout) return {32, 4, 64, 32, true, 2};
+  // Linear terms alone, S 512 and 2048: ALiBi 42 and 439 us at 32 keys, 36 and 355 at 64. Blocks of 16 keys there spill
+  // where the bias lies over Q.
+  if (head_dim <= 64 && terms == Terms::kEvery) return {32, 4, 32, 16, true, 2};
+  if (head_dim <= 64 && (dropout || terms == Terms::kLinear)) return {32, 4, 64, 32, true, 2};
   if (head_dim <= 64) return {32, 4, 64, 16, true, 2};
   if (head_dim <= 96) return {32, 4, 32, 16, false, 2};
   if (head_dim <= 128 && dropout) return {16, 4, 64, 32, true, 2};

@@ -11,6 +11,7 @@
 #include "attention/softmax.cuh"
 #include "attention/tile_range.cuh"
 #include "portable/cuda_call.h"
+#include "sm80/bias_tile.cuh"
 #include "sm80/config.h"
 #include "sm80/instances.h"
 #include "tile/copy.cuh"
@@ -18,13 +19,13 @@
 
 namespace hf_flash::sm80 {
 
-template <class ELEMENT, int HEAD_DIM, bool DROPOUT, bool EXTRAS>
+template <class ELEMENT, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 struct ForwardTraits {
   using T = ELEMENT;
-  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, EXTRAS);
+  static constexpr ForwardConfig kConfig = forward_config(HEAD_DIM, DROPOUT, TERMS);
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
   static constexpr bool kDropout = DROPOUT;
-  static constexpr bool kExtras = EXTRAS;
+  static constexpr bool kExtras = TERMS != Terms::kNone, kEveryTerm = TERMS == Terms::kEvery;
   static constexpr int kWarpRows = kConfig.warp_rows;
   static constexpr int kRows = kConfig.warp_rows * kConfig.warps;
   static constexpr int kWarps = kConfig.warps;
@@ -35,7 +36,15 @@ struct ForwardTraits {
   static constexpr bool kQueriesInRegisters = kConfig.queries_in_registers;
   using QTile = SharedTile<kRows, HEAD_DIM>;
   using KVTile = SharedTile<kKeys, HEAD_DIM>;
-  static constexpr int kTileBytes = QTile::kBytes + 4 * KVTile::kBytes;  // K and V twice
+  static constexpr int kKeyPlaces = QTile::kBytes, kAllTiles = kKeyPlaces + 4 * KVTile::kBytes;  // K and V twice
+  // A warp's part of the bias lies where its part of Q was, once that is in registers. Otherwise it takes memory, at
+  // D 96 and 256 so much that sm_86 and sm_89 would run a block less.
+  using BiasTile = SharedTile<kWarpRows, kKeys>;
+  static constexpr bool kCopiesBias = kExtras && (kQueriesInRegisters || HEAD_DIM == 128 || HEAD_DIM == 192);
+  static constexpr int kBias = kQueriesInRegisters ? 0 : kAllTiles;
+  static constexpr int kBiasStep = kQueriesInRegisters ? kWarpRows * QTile::kRowBytes : BiasTile::kBytes;
+  static_assert(!kCopiesBias || BiasTile::kBytes <= kBiasStep);
+  static constexpr int kTileBytes = kAllTiles + (kCopiesBias && !kQueriesInRegisters ? kWarps * kBiasStep : 0);
 };
 
 // Address of a sequence's first row at one head; elements of 16 bits.
@@ -157,8 +166,8 @@ struct ForwardWarp {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
       softmax.exponentiate(s, factor, b * Traits::kBlock / 8, Traits::kBlock / 8);
       to_operand<T>(probabilities, s, b * Traits::kBlock / 16);
-      // With extras one variant serves calls with and without dropout.
-      if (Traits::kDropout && (!Traits::kExtras || dropout.keep < 256)) {
+      // With every term one variant serves calls with and without dropout.
+      if (Traits::kDropout && (!Traits::kEveryTerm || dropout.keep < 256)) {
         drop(probabilities, dropout, i_block, j_block + b * Traits::kBlock / 16);
       }
       if constexpr (NEXT) {
@@ -195,6 +204,38 @@ struct ForwardWarp {
   }
 };
 
+// The bias of a warp's scores, one tile at a time: read before the copies of the next one start.
+template <class Traits>
+struct WarpBias {
+  using Tile = typename Traits::BiasTile;
+  const AttentionParams& p;
+  const uint32_t shared;
+
+  // Worked out where it is needed: kept, it would cost a register all along.
+  __device__ uint32_t tile() const { return shared + Traits::kBias + opaque(threadIdx.x) / 32 * Traits::kBiasStep; }
+  __device__ bool copied() const { return Traits::kCopiesBias && copies_bias<Traits::kEveryTerm>(p); }
+
+  // Of the warp's rows, which begin at i0, and keys from j0 on.
+  __device__ __forceinline__ void start_copy(const Sequence& sequence, int b, int h, int i0, int j0) const {
+    if (!copied()) return;
+    const uint32_t first = tile();
+    start_bias_copy<Traits::kWarpRows, Traits::kKeys>(
+        p, b, h, i0, sequence.len_q, j0, sequence.len_k,
+        [&](int row, int chunk) { return first + Tile::offset(row, chunk); });
+  }
+  __device__ __forceinline__ void add(Accumulator<Traits::kWarpRows, Traits::kKeys>& s) const {
+    if (!copied()) return;
+    const BlockReader<Tile, Order::kDown> reader(tile());
+#pragma unroll
+    for (int m = 0; m < Traits::kWarpRows / 16; ++m) {
+#pragma unroll
+      for (int block = 0; block < Traits::kKeys / 16; ++block)
+        add_bias_block<typename Traits::T>(s, m, block, reader.load(m, block).x);
+    }
+    __syncwarp();
+  }
+};
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
     forward_kernel(const __grid_constant__ AttentionParams p, const TileSchedule schedule) {
@@ -208,7 +249,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   const int h = work.head, b = work.batch, row0 = work.tile * kRows;
 
   extern __shared__ __align__(128) char shared_memory[];
-  const uint32_t q_tile = shared_address(shared_memory), kv_tiles = q_tile + QTile::kBytes;
+  const uint32_t q_tile = shared_address(shared_memory), kv_tiles = q_tile + Traits::kKeyPlaces;
   auto& plan = *reinterpret_cast<ForwardPlan<Traits>*>(shared_memory + Traits::kTileBytes);
   {
     const Sequence sequence(p, b);
@@ -234,8 +275,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   };
 
   const int warp = threadIdx.x / 32, warp_row0 = row0 + warp * kWarpRows;
-  ScoreExtras<T, false> extras(p, b, h);
+  ScoreExtras<T, false, Traits::kEveryTerm> extras(p, b, h);
   if (p.key_mask != nullptr && !plan.own[warp].has_holes()) extras.mask = nullptr;
+  const WarpBias<Traits> bias{p, q_tile};
+  if (bias.copied()) extras.bias = nullptr;
   const FragmentDropout<false> dropout(p, b * p.heads_q + h);
   // Scores count as s * factor in log2 units; with extras they are brought there first.
   const float factor = Traits::kExtras ? 1.0f : static_cast<float>(p.scale) * kLog2E;
@@ -245,9 +288,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   // Step `tile` turns the scores of this tile into output and computes those of tile + 1; step first - 1 only the
   // latter. Each step finds its V and K in shared memory and starts the copies of the next step's; past the last tile
   // these only write zeros, which costs less than a branch among the matrix products.
+  const auto load_bias = [&](int tile) { bias.start_copy(sequence, b, h, warp_row0, tile * kKeys); };
   const auto load_step = [&](int tile) {
     load_values(tile);
     load_keys(tile + 1);
+    if (tile > first_tile) load_bias(tile);
     copy_async_commit();
   };
   if (first_tile < plan.tiles.end) {
@@ -267,14 +312,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       copy_async_wait<1>();  // Q and the first K; the copies of the next step are on their way already
       __syncthreads();
       state.load_queries(q_tile, warp);
+      if constexpr (Traits::kCopiesBias) {
+        __syncwarp();  // all lanes have their queries, where the bias will lie
+        load_bias(tile + 1);
+        copy_async_commit();
+      }
       if (own.has(tile + 1)) state.scores();
     } else {
       copy_async_wait<0>();
       __syncthreads();
       if (own.has(tile)) {
-        if constexpr (Traits::kExtras) extras.apply(state.s, sequence, warp_row0, j0);
+        if constexpr (Traits::kExtras) {
+          extras.scale_and_cap(state.s);
+          bias.add(state.s);
+          extras.add(state.s, sequence, warp_row0, j0);
+        }
         const bool boundary = own.hides(j0, j0 + kKeys);
-        if (boundary) hide_invisible<false, !Traits::kExtras>(state.s, p, sequence, warp_row0, j0, own.has_holes());
+        if (boundary) hide_invisible<false, !Traits::kEveryTerm>(state.s, p, sequence, warp_row0, j0, own.has_holes());
         if (Traits::kExtras || boundary) state.take_max();
         state.softmax.update_max(state.top, state.out, factor);
         if (own.has(tile + 1)) {
@@ -321,8 +375,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
 template <class T, int HEAD_DIM, bool DROPOUT, Terms TERMS>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  constexpr bool EXTRAS = TERMS != Terms::kNone;
-  using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, EXTRAS>;
+  using Traits = ForwardTraits<T, HEAD_DIM, DROPOUT, TERMS>;
   constexpr int kSharedBytes = Traits::kTileBytes + sizeof(ForwardPlan<Traits>);
   const auto kernel = forward_kernel<Traits>;
   static SharedMemoryPermit permit;

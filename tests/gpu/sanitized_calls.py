@@ -54,6 +54,9 @@ def calls(device, dtype, keys):
     yield *qkv, ranges | {"bias": rows_for_tma, "alibi_slopes": slopes}
     yield *qkv, dropout | {"bias": rows_for_tma}
     yield *qkv, ranges | dropout | {"bias": rows_for_tma, "alibi_slopes": slopes, "softcap": 3.0}
+    for shape in ((1, 4, 300, 296), (1, 1, 1, 1)):  # copied, and summed over more tiles than are listed at once
+        q128 = make_qkv(device, dtype, 2, 300, 290, heads=4, head_dim=128)
+        yield *q128, {"bias": torch.randn(shape, device=device, dtype=dtype)[..., :290], "causal": True}
     yield (
         *qkv,
         {"bias": bias[:, :, :1], "query_offset": int32([3, -200], device), "causal": True},
