@@ -21,28 +21,28 @@ def normal(dtype, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
 
 
-def layouts(dtype, heads, rows, cols):
-    """Name -> a bias: tiles of the first four are copied, elements of the others read one by one."""
-    return {
-        "whole": normal(dtype, 2, heads, rows, cols),
-        "batch": normal(dtype, 1, heads, rows, cols),
-        "one row": normal(dtype, 1, heads, 1, cols),
-        "long rows": normal(dtype, 1, heads, rows, cols + 40)[..., 8 : cols + 8],
-        "odd place": normal(dtype, 1, heads, rows, cols + 8)[..., 1 : cols + 1],
-        "one column": normal(dtype, 1, heads, rows, 1),
-        "transposed": normal(dtype, 1, heads, cols, rows).mT,
-        "float32": normal(torch.float32, 1, heads, rows, cols),
-    }
+# Name -> a bias of so many heads, rows and columns: tiles of the first four are copied, elements of the others read one
+# by one.
+LAYOUTS = {
+    "whole": lambda heads, rows, cols: normal(torch.float16, 2, heads, rows, cols),
+    "batch": lambda heads, rows, cols: normal(torch.float16, 1, heads, rows, cols),
+    "one row": lambda heads, rows, cols: normal(torch.float16, 1, heads, 1, cols),
+    "long rows": lambda heads, rows, cols: normal(torch.float16, 1, heads, rows, cols + 40)[..., 8 : cols + 8],
+    "odd place": lambda heads, rows, cols: normal(torch.float16, 1, heads, rows, cols + 8)[..., 1 : cols + 1],
+    "one column": lambda heads, rows, cols: normal(torch.float16, 1, heads, rows, 1),
+    "transposed": lambda heads, rows, cols: normal(torch.float16, 1, heads, cols, rows).mT,
+    "float32": lambda heads, rows, cols: normal(torch.float32, 1, heads, rows, cols),
+}
 
 
 @DROPOUT
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("layout", list(layouts(torch.float16, 1, 1, 8)))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, head_dim, dropout_p):
     rows, cols = 150, 168  # no multiples of a tile
     q, k, v = make_qkv("cuda", torch.float16, 2, rows, cols, heads=4, heads_k=2, head_dim=head_dim)
     poison_freed_memory()
-    bias = layouts(torch.float16, 4, rows, cols)[layout]
+    bias = LAYOUTS[layout](4, rows, cols)
     check(q, k, v, bias=bias, causal=True, small=True, **dropout(dropout_p))
 
 
