@@ -116,9 +116,8 @@ def judge(name, ours, reference, own, floor=0.0):
     error, own_error = (torch.where(finite, x.double() - reference, 0).abs() for x in (ours, own))
     numbers = [error.max(), error.mean(), own_error.max(), own_error.mean(), wanted.max(), wanted.mean()]
     faults = [(ours.isfinite() != finite).any(), (~finite & (ours != reference)).any()]
-    worst, mean, own_worst, own_mean, top, usual, *faults = torch.stack(
-        numbers + faults
-    ).tolist()  # one synchronisation
+    read = torch.stack(numbers + faults).tolist()  # at once: each reading waits for the GPU
+    worst, mean, own_worst, own_mean, top, usual, *faults = read
     assert not faults[0], f"{name} is not finite where it should be, or the other way round"
     assert not faults[1], f"{name} has another infinity than the reference"
     top = max(1.0, top) if name == "lse" else top

@@ -117,7 +117,7 @@ struct ScoreExtras {
     return !TRANSPOSED && s.col == 1 && s.row % 2 == 0 && reinterpret_cast<uintptr_t>(first) % bytes == 0;
   }
 
-  // Raw products to scores in log2 units, the softcap included: first step of apply().
+  // Raw products to scores in log2 units, the softcap included. First step.
   template <int ROWS, int COLS>
   __device__ __forceinline__ void scale_and_cap(Accumulator<ROWS, COLS>& s) const {
     if (!EVERY || p.softcap == 0) {
@@ -130,7 +130,7 @@ struct ScoreExtras {
     }
   }
 
-  // Adds ALiBi and bias and hides what the bool mask hides; s is in log2 units already.
+  // Second: adds ALiBi and bias and hides what the bool mask hides.
   template <int ROWS, int COLS>
   __device__ __forceinline__ void add(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
     if (slope != 0) add_alibi(s, i0 + sequence.offset - j0);
@@ -142,12 +142,6 @@ struct ScoreExtras {
       }
     }
     if (EVERY && mask != nullptr) hide_masked(s, sequence, i0, j0);
-  }
-
-  template <int ROWS, int COLS>
-  __device__ __forceinline__ void apply(Accumulator<ROWS, COLS>& s, const Sequence& sequence, int i0, int j0) const {
-    scale_and_cap(s);
-    add(s, sequence, i0, j0);
   }
 
  private:

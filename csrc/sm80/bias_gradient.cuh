@@ -132,12 +132,8 @@ struct BiasWarp {
                                   walk.j_begin + col0, p.seqlen_k, place);
   }
   __device__ __forceinline__ void add_bias() {
-    const BlockReader<typename Config::BiasTile, Order::kDown> reader(opaque(bias_tile), row0, col0 / 16);
-#pragma unroll
-    for (int m = 0; m < kRows / 16; ++m) {
-#pragma unroll
-      for (int block = 0; block < kCols / 16; ++block) add_bias_block<T>(s, m, block, reader.load(m, block).x);
-    }
+    using Reader = BlockReader<typename Config::BiasTile, Order::kDown>;
+    add_bias_tile<T>(s, Reader(opaque(bias_tile), row0, col0 / 16));
   }
 
   // S, complete, becomes the logarithms of P. dP begins with minus the row sum, which then needs no subtraction.

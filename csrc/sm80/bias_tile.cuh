@@ -48,4 +48,15 @@ __device__ __forceinline__ void add_bias_block(Accumulator<ROWS, COLS>& s, int m
   }
 }
 
+// Adds a whole tile, as the reader finds it from its first block on.
+template <class T, int ROWS, int COLS, class Tile>
+__device__ __forceinline__ void add_bias_tile(Accumulator<ROWS, COLS>& s,
+                                              const BlockReader<Tile, Order::kDown>& reader) {
+#pragma unroll
+  for (int m = 0; m < ROWS / 16; ++m) {
+#pragma unroll
+    for (int block = 0; block < COLS / 16; ++block) add_bias_block<T>(s, m, block, reader.load(m, block).x);
+  }
+}
+
 }  // namespace hf_flash::sm80

@@ -225,13 +225,7 @@ struct WarpBias {
   }
   __device__ __forceinline__ void add(Accumulator<Traits::kWarpRows, Traits::kKeys>& s) const {
     if (!copied()) return;
-    const BlockReader<Tile, Order::kDown> reader(tile());
-#pragma unroll
-    for (int m = 0; m < Traits::kWarpRows / 16; ++m) {
-#pragma unroll
-      for (int block = 0; block < Traits::kKeys / 16; ++block)
-        add_bias_block<typename Traits::T>(s, m, block, reader.load(m, block).x);
-    }
+    add_bias_tile<typename Traits::T>(s, BlockReader<Tile, Order::kDown>(tile()));
     __syncwarp();
   }
 };
