@@ -200,8 +200,9 @@ static int64_t accumulator_bytes(const AttentionParams& p, int hopper) {
   const sm90::BackwardGrid grid(p, hopper, multiprocessor_count());
   if (grid.relays()) return 0;
   // stores_first in place of the rows that are stored first: how many they are does not change the size.
-  if (grid.tall) return TallDqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
-  return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first).bytes(p);
+  if (grid.tall)
+    return TallDqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first, grid.zeroes_ahead).bytes(p);
+  return DqAccumulator(p, nullptr, hopper, grid.finishes_dq, grid.stores_first, grid.zeroes_ahead).bytes(p);
 }
 
 int64_t backward_workspace(const AttentionParams& p) {

@@ -1,8 +1,8 @@
 // Where a backward kernel sums dQ in float32 before it is converted: units of 64 or 8 rows and head_dim columns, in the
 // order of m16n8 tensor-core accumulators, so that a warp adds 512 neighbouring bytes at a time. Every sequence of a
-// packed batch starts a unit of its own. Behind the units stand counters of the additions: of the turns of a fixed
-// order, which the deterministic mode has and kernels whose last addition to a query tile writes dq itself, and of
-// kernels whose first addition stores, so that nothing need be zeroed.
+// packed batch starts a unit of its own. Behind the units stand counters: of the additions, for the turns of a fixed
+// order, which the deterministic mode has and kernels whose last addition to a query tile writes dq itself, and for
+// kernels whose first addition stores, so that nothing need be zeroed; or of what kernels zero themselves.
 #pragma once
 
 #include <cstdint>
@@ -32,33 +32,45 @@ struct DqAccumulatorOf {
   // other rows of dq.
   bool finishes_dq = false;
   // The first addition to a query tile, of so many rows, stores, and nobody has to zero them; tiles that nothing was
-  // added to have no sums. 0: they are zeroed before, and the additions just add.
+  // added to have no sums. 0: the additions just add.
   int32_t stored_rows = 0;
+  // The kernel that adds writes zeros ahead of itself, a piece of about 32 KB at a time: so many of a sequence's query
+  // head some CTA has begun with, and so many are there. Null: they are written before, where there need be any.
+  struct ZeroedPieces {
+    int32_t begun, done;
+  };
+  ZeroedPieces* zeroed = nullptr;              // of each sequence and query head
+  int32_t heads = 0;                           // of q
   bool ordered = false;                        // the additions are
   DividedWork divided;                         // whose description the kernel of the row sums writes
   static constexpr int32_t kStored = 1 << 24;  // more than there are key tiles
 
   DqAccumulatorOf() = default;
   DqAccumulatorOf(const AttentionParams& p, void* workspace, int32_t columns, bool finishes_dq = false,
-                  int32_t stored_rows = 0)
+                  int32_t stored_rows = 0, bool zeroes_ahead = false)  // if nobody counts
       : data(static_cast<float*>(workspace)),
         columns(columns),
         packed(p.packed()),
         finishes_dq(finishes_dq),
         stored_rows(stored_rows),
+        heads(p.heads_q),
         ordered(p.deterministic || finishes_dq) {
     head_units = packed ? p.total_q / kUnitRows + p.batch + 1 : units_of(p.seqlen_q);
     batch_units = packed ? 0 : head_units * p.heads_q;
-    if (counts()) counters = reinterpret_cast<int32_t*>(data + units(p) * kUnitRows * columns);
+    int32_t* const behind = reinterpret_cast<int32_t*>(data + units(p) * kUnitRows * columns);
+    if (counts()) counters = behind;
+    if (zeroes_ahead) zeroed = reinterpret_cast<ZeroedPieces*>(behind);
   }
 
   HF_FLASH_HOST_DEVICE bool stores_first() const { return stored_rows > 0; }
   bool counts() const { return ordered || stores_first(); }
+  HF_FLASH_HOST_DEVICE bool zeroed_before() const { return !stores_first() && zeroed == nullptr; }
   int64_t units(const AttentionParams& p) const { return head_units * p.heads_q * (packed ? 1 : p.batch); }
   // Who finishes dq reads whole tiles of query rows, two units, of which a sequence's last one may have but the first.
   int64_t bytes(const AttentionParams& p) const {
     const int64_t unit = 4 * int64_t{kUnitRows} * columns;
-    return units(p) * (unit + (counts() ? 4 * kCounters : 0)) + (finishes_dq ? unit : 0);
+    const int64_t pieces = zeroed != nullptr ? int64_t{p.batch} * heads * sizeof(ZeroedPieces) : 0;
+    return units(p) * (unit + (counts() ? 4 * kCounters : 0)) + pieces + (finishes_dq ? unit : 0);
   }
 
   HF_FLASH_HOST_DEVICE static int32_t units_of(int32_t rows) { return (rows + kUnitRows - 1) / kUnitRows; }
@@ -91,8 +103,20 @@ struct DqAccumulatorOf {
     return counters + unit(sequence, b, head, row) * kCounters + row % kUnitRows / 32;
   }
 
+  HF_FLASH_HOST_DEVICE ZeroedPieces& zeroed_pieces(int32_t b, int32_t head) const {
+    return zeroed[int64_t{b} * heads + head];
+  }
+  // Units of a piece; the last one of a sequence and head may have fewer.
+  HF_FLASH_HOST_DEVICE static constexpr int32_t units_of_piece(int32_t columns) {
+    return kUnitRows * columns < 8192 ? 8192 / (kUnitRows * columns) : 1;
+  }
+  HF_FLASH_HOST_DEVICE static int32_t pieces_of(const Sequence& sequence, int32_t columns) {
+    return (units_of(sequence.query_end) + units_of_piece(columns) - 1) / units_of_piece(columns);
+  }
+
   // Are there sums of the rows from `row` on?
   HF_FLASH_HOST_DEVICE bool has_sums(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
+    if (zeroed != nullptr) return zeroed_pieces(b, head).done != 0;
     return !stores_first() || *counter(sequence, b, head, row / stored_rows * stored_rows) != 0;
   }
 

@@ -1,5 +1,5 @@
-// The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, or the rows
-// of dq that nothing is added to, so that no launch of its own has to.
+// The backward's first pass over dO and O: one number a row. It also zeroes the float32 accumulator of dQ, its
+// counters, or the rows of dq that nothing is added to, so that no launch of its own has to.
 #include "attention/sequence.h"
 #include "instructions/dependent_launch.cuh"
 #include "portable/cuda_call.h"
@@ -40,13 +40,14 @@ __global__ void __launch_bounds__(kThreads) row_sum_kernel(const AttentionParams
   const int32_t first_row = block * kRows;
   if (first_row >= sequence.len_q) return;
 
-  if (accumulator.data != nullptr && !accumulator.stores_first()) {
+  if (accumulator.data != nullptr && accumulator.zeroed_before()) {
     float4* tile = reinterpret_cast<float4*>(accumulator.rows(sequence, b, head, first_row));
     const int32_t rows = Accumulator::rows_of(sequence, first_row, kRows);
     for (int32_t n = threadIdx.x; n < rows * accumulator.columns / 4; n += kThreads) tile[n] = float4{0, 0, 0, 0};
   }
   if (accumulator.counters != nullptr && threadIdx.x < Accumulator::kCounters)
     accumulator.counter(sequence, b, head, first_row)[threadIdx.x] = 0;
+  if (accumulator.zeroed != nullptr && block == 0 && threadIdx.x == 0) accumulator.zeroed_pieces(b, head) = {0, 0};
   if constexpr (sizeof(Element) == 2) {
     if (accumulator.divided.ctas > 0 && blockIdx.x == 0) accumulator.divided.lay_out(p);
   }

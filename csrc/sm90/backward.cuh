@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers_back<Traits::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 0) copy_tiles(p, maps, shared);
-    if (warp == 1) make_plans(p, schedule, grid, shared);
+    if (warp == 1) make_plans(p, accumulator, schedule, grid, shared);
     if (warp == 2) copy_row_values(p, shared);
     if (warp == 3) {
       if constexpr (Traits::kRelays) {
@@ -166,7 +166,7 @@ void run_backward(const AttentionParams& p, const BackwardGrid& grid, cudaStream
     accumulator.finishes_dq = true;
   } else {
     const int stored_rows = grid.stores_first ? Traits::kQueries : 0;
-    accumulator = Sums(p, p.workspace, Traits::kHeadDim, grid.finishes_dq, stored_rows);
+    accumulator = Sums(p, p.workspace, Traits::kHeadDim, grid.finishes_dq, stored_rows, grid.zeroes_ahead);
     accumulator.divided = grid.divided;
   }
   run_passes<Traits>(backward_kernel<Traits>, p, accumulator, grid, stream);

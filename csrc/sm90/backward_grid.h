@@ -27,6 +27,7 @@ struct BackwardGrid {
   bool rotates;
   bool finishes_dq;     // so the order is fixed, and the last turn can write dq
   bool stores_first;    // the first to add to a query tile's dQ stores, and nobody has to zero it
+  bool zeroes_ahead;    // or the CTAs zero it before they come to a head (zero_sums())
   bool spreads;         // the key tiles of a head start at steps apart from each other's
   int reach;            // the first and the last of them by so many steps at most; INT32_MAX: no limit
   bool heads_first;     // steps go through the heads of a group before the next query tile
@@ -52,7 +53,8 @@ struct BackwardGrid {
     rotates = !relays() && (finishes_dq || (side_by_side && p.deterministic));
     if (rotates || relays()) ctas -= ctas % tiles;
     tall = tall_pays && !finishes_dq;
-    stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= stored_keys(tall));
+    stores_first = !relays() && head_dim <= 128 && (p.deterministic || p.seqlen_k <= kStoredKeys);
+    zeroes_ahead = !relays() && head_dim <= 128 && !stores_first;
     share_cache(p, head_dim, tiles, all_see_all);
     const bool unlimited = reach == INT32_MAX;  // a part of a piece of work starts anywhere
     const bool equal_steps = all_see_all && !p.ragged() && p.query_range == nullptr && unlimited;

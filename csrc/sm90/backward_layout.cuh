@@ -38,6 +38,7 @@ struct BackwardTraits {
   static constexpr bool kRelays = RELAYS;  // sums of dQ go from CTA to CTA
   static constexpr bool kMasked = MASKED;  // calls may have a mask of keys
   static constexpr int kTeam = 1;
+  static constexpr bool kZeroesAhead = !RELAYS;  // what dQ is added to, in a free order
   using Walk = std::conditional_t<kRelays, RelayWalk<kQueries>, StepWalk<kQueries>>;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   using KeyTile = SwizzledTile<kKeys, HEAD_DIM>;

@@ -42,10 +42,41 @@ __device__ __forceinline__ void store_zeros_beside_list(const AttentionParams& p
   }
 }
 
+// By a warp: writes the zeros that a piece of work's dQ is added to, as far as no other CTA has begun to. Who comes
+// first to a head writes most of them; nobody waits for a CTA that does not run yet.
 template <class Traits>
-__device__ __forceinline__ void make_plans(const AttentionParams& p, const PersistentSchedule& schedule,
-                                           const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
-  uint32_t n = 0;  // pieces of work so far
+__device__ __forceinline__ void zero_sums(const typename Traits::DqSums& accumulator, const BackwardPlan& plan) {
+  using Sums = typename Traits::DqSums;
+  constexpr int kUnits = Sums::units_of_piece(Traits::kHeadDim), kUnitBytes = 4 * Sums::kUnitRows * Traits::kHeadDim;
+  static_assert(kUnitBytes % 2048 == 0);
+#pragma unroll 1
+  for (int head = plan.first_head; head < plan.first_head + static_cast<int>(plan.heads); ++head) {
+    for (;;) {
+      // All lanes add, though all but one nothing: ptxas spills where one alone does.
+      const bool leads = opaque(threadIdx.x % 32) == 0;
+      int32_t* const begun = &accumulator.zeroed_pieces(plan.batch(), head).begun;
+      const int first = kUnits * __shfl_sync(0xFFFFFFFF, add_acquire(begun, leads), 0);
+      const int units = min(kUnits, Sums::units_of(plan.sequence.query_end) - first);
+      if (units <= 0) break;
+      const int unit = static_cast<int>(accumulator.unit(plan.sequence, plan.batch(), head, 0)) + first;
+      char* to = reinterpret_cast<char*>(accumulator.data) + int64_t{unit} * kUnitBytes + 16 * opaque(threadIdx.x % 32);
+#pragma unroll 1
+      for (int left = units * kUnitBytes; left > 0; left -= 2048, to += 2048) {
+#pragma unroll
+        for (int x = 0; x < 2048; x += 512) *reinterpret_cast<float4*>(to + x) = float4{0, 0, 0, 0};
+      }
+      __syncwarp();
+      if (leads) add_release(&accumulator.zeroed_pieces(plan.batch(), head).done, 1);
+    }
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void make_plans(const AttentionParams& p, const typename Traits::DqSums& accumulator,
+                                           const PersistentSchedule& schedule, const BackwardGrid& grid,
+                                           const BackwardShared<Traits>& shared) {
+  uint32_t n = 0;       // pieces of work so far
+  uint32_t zeroed = 0;  // of them
   PersistentSchedule::ListWalk walk;
   for (int round = 0;; ++round) {
     const auto spans = [&](int b) { return seen_tiles<Traits>(Sequence(p, b)); };
@@ -78,6 +109,15 @@ __device__ __forceinline__ void make_plans(const AttentionParams& p, const Persi
       continue;
     }
     mbarrier_arrive(shared.planned.full(n));
+    if constexpr (Traits::kZeroesAhead) {
+      if (accumulator.zeroed != nullptr) {
+        if (n == 0) wait_for_kernel_before();  // which has set the counters
+        // Up to the piece of work behind the consumers': earlier, zeros leave the L2 cache before anything is added.
+        const uint32_t end = last || n == 0 ? n : n - 1;
+#pragma unroll 1
+        for (; zeroed < end; ++zeroed) zero_sums<Traits>(accumulator, shared.plan(zeroed));
+      }
+    }
     if (last) break;
     ++n;
   }

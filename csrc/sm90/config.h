@@ -103,12 +103,12 @@ constexpr int relayed_keys(int head_dim, bool dropout, bool ragged, int group) {
   return ragged || dropout || group >= 4 ? 256 : 128 * kMaxCluster;
 }
 
-// Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys. It
-// saves the writing of the zeros and costs a counter asked for each addition. On an H200: S 1024 +3 %, causal +5 %,
-// 2048 +2 and +3 %, 4096 +1 %, 16384 -1 and -1 to -4 %. Since no step waits for the one before to leave, D 64 1024 to
-// 4096 +1 to +4, causal +2 to +6, 8192 and 16384 0 to +1; tall tiles 1024 +1 and +15, 2048 -1 and -1, 4096 -2 and -1,
-// 8192 -3 and -5.
-constexpr int stored_keys(bool tall) { return tall ? 1536 : 4096; }
+// Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys; it
+// costs a counter asked for each addition. Beyond, zeros are written ahead of the additions (zero_sums()). On an H200:
+// causal S 512 storing is 1 to 4 % faster (256 by 6, two cards' runs held together); S 1024 zeros by 1 to 4 %, causal 0
+// to 3, D 128 2048 2 and 4, beyond that 0 to 1.
+constexpr int kStoredKeys = 512;
+static_assert(kStoredKeys >= kFinishedKeys);  // who finishes dq has no zeros
 
 // Q, dO and dQ's float32 sums that stay in the L2 cache beside what passes through it (backward_grid.h). D 128, S 1024
 // with 4 and 8 heads of q for one of k: 20 MB instead of 32 +1 to +3 %, 12 and 6 -4 to +1 %.

@@ -77,9 +77,19 @@ __device__ __forceinline__ void give_place_to_finish(const AttentionParams& p,
   }
 }
 
+// Until the zeros that a piece of work's dQ is added to are there.
+template <class Traits>
+__device__ __forceinline__ void wait_for_zeros(const typename Traits::DqSums& accumulator, const BackwardPlan& plan) {
+  const int pieces = Traits::DqSums::pieces_of(plan.sequence, Traits::kHeadDim);
+  for (int n = 0; n < static_cast<int>(plan.heads); ++n)
+    while (load_acquire(&accumulator.zeroed_pieces(plan.batch(), plan.first_head + n).done) < pieces) {
+    }
+  fence_async_proxy_global();
+}
+
 // Adds each step's dQ to the accumulator by TMA, which holds up nobody. Where the order is fixed the key tiles of a
 // query tile take turns, and the last one may finish dq, which the consumers do. Otherwise they come as they come. The
-// first to come stores, where nobody has zeroed the accumulator.
+// first to come stores, where nobody zeroes the accumulator.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
                                        const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
@@ -100,6 +110,7 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
     const BackwardPlan& plan = shared.plan(n);
     if (plan.j0 < 0) break;
     const Sequence& sequence = plan.sequence;
+    bool zeroed = accumulator.zeroed == nullptr;
     for (StepWalk<Traits::kQueries> walk(plan); walk.exists(); walk.next(), ++step) {
       if (walk.left <= plan.finishing) {
         end_turn();  // first: those that it waits for may wait for this one
@@ -116,6 +127,8 @@ __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename 
         DividedSums<Traits>{p, plan.place()}.wait();
         mbarrier_arrive(shared.dq.full(step));
       }
+      if (!zeroed) wait_for_zeros<Traits>(accumulator, plan);
+      zeroed = true;
       int32_t* const counter =
           accumulator.counters != nullptr ? accumulator.counter(sequence, plan.batch(), walk.head, walk.i0) : nullptr;
       // Asked for while nothing is waited for but this CTA's own products: so whoever is the first will store.

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = uniform(threadIdx.x / 32 % 4);
     switch (warp) {  // ifs would keep its number in a register
       case 0: copy_wide_tiles(p, maps, shared); break;
-      case 1: make_plans(p, schedule, grid, shared); break;
+      case 1: make_plans(p, accumulator, schedule, grid, shared); break;
       case 2: copy_row_values(p, shared); break;
       default: add_dq_slices(p, accumulator, grid, shared);
     }

@@ -27,7 +27,7 @@ template <class ELEMENT, int HEAD_DIM, int TEAM>
 struct RoleTraits {
   using T = ELEMENT;
   static constexpr int kHeadDim = HEAD_DIM;  // bucket: D and Dv are at most this
-  static constexpr bool kRelays = false, kPlansAhead = false, kTall = false;
+  static constexpr bool kRelays = false, kPlansAhead = false, kTall = false, kZeroesAhead = false;
   static constexpr int kTeam = TEAM, kWarpgroups = 2, kGroupWarps = 4, kWarps = kGroupWarps * kWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeys = kTeam * backward_keys(HEAD_DIM), kQueries = 64;

@@ -32,8 +32,8 @@ int main(int, char** x) {
   if (std::atoi(x[9])) {
     std::printf("%d %d %d %d", grid.heads_first, grid.spreads, grid.reach, grid.divided.ctas > 0);
   } else {
-    std::printf("%d %d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first, grid.spreads,
-                grid.tall, grid.cluster, grid.team);
+    std::printf("%d %d %d %d %d %d %d %d %d", grid.ctas, grid.rotates, grid.finishes_dq, grid.stores_first,
+                grid.spreads, grid.tall, grid.cluster, grid.team, grid.zeroes_ahead);
   }
 }
 """
@@ -44,8 +44,8 @@ def grid(tmp_path_factory):
     """grid(seqlen_q, seqlen_k, window_right, deterministic, head_dim, keep=256, ranges=False, group=1, order=False)
     on 132 SMs, batch 8, 12 heads of q.
 
-    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster, team; or, with order, heads_first,
-    spreads, reach and whether pieces of work are divided.
+    Returns ctas, rotates, finishes_dq, stores_first, spreads, tall, cluster, team, zeroes_ahead; or, with order,
+    heads_first, spreads, reach and whether pieces of work are divided.
     """
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.cpp").write_text(PROGRAM)
@@ -59,7 +59,7 @@ def grid(tmp_path_factory):
 
 
 def test_short_calls_finish_dq(grid):
-    assert grid(512, 512, -1, False, 64, keep=230) == (132, 1, 1, 1, 1, 0, 0, 1)
+    assert grid(512, 512, -1, False, 64, keep=230) == (132, 1, 1, 1, 1, 0, 0, 1, 0)
     assert grid(512, 513, -1, False, 64)[1:3] == (0, 0)  # too long for its waits
     assert grid(300, 512, -1, False, 64)[1:3] == (0, 0)  # four tiles of keys, three of queries: two would start at one
     assert grid(512, 512, 0, False, 64)[1:3] == (0, 0)  # a causal mask
@@ -68,8 +68,8 @@ def test_short_calls_finish_dq(grid):
 
 
 def test_short_calls_hand_the_sums_on(grid):
-    assert grid(512, 512, -1, False, 64) == (132, 0, 1, 0, 0, 0, 4, 1)
-    assert grid(300, 257, -1, True, 128) == (132, 0, 1, 0, 0, 0, 3, 1)  # in whatever mode
+    assert grid(512, 512, -1, False, 64) == (132, 0, 1, 0, 0, 0, 4, 1, 0)
+    assert grid(300, 257, -1, True, 128) == (132, 0, 1, 0, 0, 0, 3, 1, 0)  # in whatever mode
     assert grid(512, 513, -1, False, 64)[6] == grid(512, 512, -1, False, 256)[6] == grid(512, 512, 0, False, 64)[6] == 0
     assert grid(128, 128, -1, False, 64)[6] == 0  # a single tile has nothing to hand on
     assert grid(200, 300, -1, False, 64)[6] == 0  # two tiles of queries
@@ -78,13 +78,22 @@ def test_short_calls_hand_the_sums_on(grid):
     assert grid(256, 256, -1, False, 128, keep=230)[6] == 0
 
 
-def test_the_first_addition_stores_unless_sequences_are_long(grid):
-    assert grid(4096, 4096, 0, False, 64)[3:5] == grid(4096, 4096, -1, False, 128, keep=230)[3:5] == (1, 1)
-    assert grid(1024, 1024, -1, False, 128)[3:6] == (1, 1, 1)
-    assert grid(2048, 2048, -1, False, 128)[3:6] == (0, 0, 1)  # tall tiles
-    assert grid(4097, 4097, 0, False, 64)[3:5] == (0, 0)
-    assert grid(2048, 2048, -1, False, 256)[3:5] == (0, 0)
-    assert grid(20000, 20000, 0, True, 64)[3:5] == (1, 0)  # in an order of its own from the last query tile down
+def test_zeros_that_dq_is_added_to(grid):
+    """Short calls and a fixed order need none up to head dimension 128, long ones write them ahead."""
+
+    def stores_spreads_zeroes(*arguments, **options):
+        answer = grid(*arguments, **options)
+        return answer[3], answer[4], answer[8]
+
+    for head_dim, window_right in itertools.product((64, 128), (-1, 0)):
+        assert stores_spreads_zeroes(600, 600, window_right, False, head_dim) == (0, 0, 1)
+        assert stores_spreads_zeroes(4096, 4096, window_right, False, head_dim, keep=230) == (0, 0, 1)
+    assert stores_spreads_zeroes(512, 512, 0, False, 64) == stores_spreads_zeroes(384, 384, 0, False, 128) == (1, 1, 0)
+    assert stores_spreads_zeroes(20000, 20000, 0, True, 64) == (1, 0, 0)  # from the last query tile down
+    assert stores_spreads_zeroes(2048, 2048, -1, True, 128) == (1, 1, 0)
+    assert stores_spreads_zeroes(512, 512, -1, False, 64) == (0, 0, 0)  # from CTA to CTA
+    for deterministic in (False, True):
+        assert stores_spreads_zeroes(2048, 2048, 0, deterministic, 256) == (0, 0, 0)  # zeroed before
 
 
 def test_a_fixed_order_has_whole_heads_at_once(grid):
@@ -122,9 +131,9 @@ def test_two_ctas_share_the_keys_of_heads_over_128(grid):
 
 def test_heads_that_share_one_of_k_stay_within_reach(grid):
     far = 2**31 - 1
-    assert grid(2100, 2100, -1, False, 64, group=1, order=True) == (0, 1, far, 1)
-    assert grid(2100, 2100, -1, False, 64, group=2, order=True) == (1, 1, far, 1)  # the L2 cache holds two heads
-    assert grid(2100, 2100, -1, False, 64, group=12, order=True) == (1, 1, 40, 0)
+    assert grid(2100, 2100, -1, False, 64, group=1, order=True) == (0, 0, far, 1)
+    assert grid(2100, 2100, -1, False, 64, group=2, order=True) == (1, 0, far, 1)  # the L2 cache holds two heads
+    assert grid(2100, 2100, -1, False, 64, group=12, order=True) == (1, 0, 40, 0)
     assert grid(2048, 2048, -1, False, 128, group=4, order=True) == (1, 0, 32, 0)
     assert grid(2048, 2048, -1, True, 128, group=4, order=True) == (1, 1, 32, 0)
     assert grid(512, 500, -1, False, 64, keep=230, group=4, order=True) == (1, 1, 13, 0)

@@ -20,8 +20,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = {  # batch, seqlen_q, seqlen_k, heads_k
     "finishes dq": (11, 300, 400, 3),  # up to head dimension 128
     "takes turns": (7, 450, 700, 3),  # where the order is fixed
-    "first addition stores": (8, 520, 1000, 2),
-    "sums are zeroed": (1, 700, 4200, 4),
+    "zeros are written ahead": (8, 520, 1000, 2),
+    "many key tiles": (1, 700, 4200, 4),
 }
 
 

@@ -237,10 +237,12 @@ def test_cuda_graph(dropout_p, head_dim, seqlen_k, options):
         assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
-def test_two_streams():
-    """Calls on two streams at once do not disturb one another."""
-    inputs = [make_qkv("cuda", torch.bfloat16, 4, 700, 700, heads=8, head_dim=64, seed=n) for n in range(2)]
-    options = {"causal": True, "deterministic": True}
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_two_streams(head_dim, deterministic):
+    """Calls on two streams at once do not disturb one another, nor wait for CTAs that the other's keep out."""
+    inputs = [make_qkv("cuda", torch.bfloat16, 4, 700, 700, heads=8, head_dim=head_dim, seed=n) for n in range(2)]
+    options = {"causal": True, "deterministic": deterministic}
     want = [run(*qkv, options) for qkv in inputs]
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
@@ -251,7 +253,11 @@ def test_two_streams():
     torch.cuda.synchronize()
     for n in range(2):
         for results in got[n]:
-            assert all(torch.equal(results[name], want[n][name]) for name in results)
+            for name in results:
+                if deterministic or name != "dq":
+                    assert torch.equal(results[name], want[n][name])
+                else:
+                    torch.testing.assert_close(results[name], want[n][name], rtol=2**-7, atol=2**-9)
 
 
 def test_two_devices():
