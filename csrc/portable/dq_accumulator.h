@@ -31,6 +31,7 @@ struct DqAccumulatorOf {
   // The last turn writes dq, of rows that are computed and see keys; the kernel of the row sums writes zeros to the
   // other rows of dq.
   bool finishes_dq = false;
+  bool zeroes_ahead = false;  // see ZeroedPieces
   // The first addition to a query tile, of so many rows, stores, and nobody has to zero them; tiles that nothing was
   // added to have no sums. 0: the additions just add.
   int32_t stored_rows = 0;
@@ -52,6 +53,7 @@ struct DqAccumulatorOf {
         columns(columns),
         packed(p.packed()),
         finishes_dq(finishes_dq),
+        zeroes_ahead(zeroes_ahead),
         stored_rows(stored_rows),
         heads(p.heads_q),
         ordered(p.deterministic || finishes_dq) {
@@ -69,7 +71,7 @@ struct DqAccumulatorOf {
   // Who finishes dq reads whole tiles of query rows, two units, of which a sequence's last one may have but the first.
   int64_t bytes(const AttentionParams& p) const {
     const int64_t unit = 4 * int64_t{kUnitRows} * columns;
-    const int64_t pieces = zeroed != nullptr ? int64_t{p.batch} * heads * sizeof(ZeroedPieces) : 0;
+    const int64_t pieces = zeroes_ahead ? int64_t{p.batch} * heads * sizeof(ZeroedPieces) : 0;
     return units(p) * (unit + (counts() ? 4 * kCounters : 0)) + pieces + (finishes_dq ? unit : 0);
   }
 
@@ -116,7 +118,7 @@ struct DqAccumulatorOf {
 
   // Are there sums of the rows from `row` on?
   HF_FLASH_HOST_DEVICE bool has_sums(const Sequence& sequence, int32_t b, int32_t head, int32_t row) const {
-    if (zeroed != nullptr) return zeroed_pieces(b, head).done != 0;
+    if (zeroed != nullptr) return row < sequence.query_end && zeroed_pieces(b, head).done != 0;
     return !stores_first() || *counter(sequence, b, head, row / stored_rows * stored_rows) != 0;
   }
 

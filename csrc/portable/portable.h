@@ -17,7 +17,8 @@ inline bool stay_cached(const AttentionParams& p) {
 }
 
 // row_sum[b, h, i] = sum over Dv of dout * out, minus dlse; 0 for rows that are not computed, whose dout is not read.
-// Also zeroes the accumulator where one is given, or where that finishes dq, the rows of dq that it does not reach.
+// Also zeroes the accumulator, where one is given that nobody else sees to, and its counters; where it finishes dq, the
+// rows of dq that it does not reach.
 template <class Accumulator>
 void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStream_t stream);
 

@@ -68,7 +68,7 @@ struct BackwardGrid {
   // In which order the key tiles of a head of k meet the queries of the heads of q that share it. Where each is at
   // another of all these steps, Q, dO and dQ of all have to lie in the L2 cache, and those of many heads do not: with 8
   // of them at D 128 each key tile read everything from memory, S 1024 to 8192 253 to 278 TFLOP/s, with 4 309 to 423.
-  // Kept within reach of each other, and with no piece of work divided, they run at 450 to 630 and 446 to 590. Under a
+  // Kept within reach of each other or together, and with no piece of work divided, 450 to 630 and 446 to 590. Under a
   // causal mask those that few queries see hurry ahead anyway: there all heads first loses 4 to 7 %, starting apart 4
   // to 13; but where the order of the additions is fixed all heads first gains 8 to 25.
   void share_cache(const AttentionParams& p, int head_dim, int tiles, bool all_see_all) {

@@ -1,5 +1,6 @@
-// The backward's producer warps: one plans, one copies tiles by TMA, one brings lse and row sums, all ahead of the
-// consumers as far as the rings allow; a fourth, behind them, adds dQ (dq_addition.cuh).
+// The backward's producer warps: one plans and writes the zeros that dQ is added to, one copies tiles by TMA, one
+// brings lse and row sums, all ahead of the consumers as far as the rings allow; a fourth, behind them, adds dQ
+// (dq_addition.cuh).
 #pragma once
 
 #include "attention/score_gradient.cuh"

@@ -106,7 +106,7 @@ constexpr int relayed_keys(int head_dim, bool dropout, bool ragged, int group) {
 // Otherwise the first key tile to come to a query tile stores its dQ instead of adding to zeros, up to so many keys; it
 // costs a counter asked for each addition. Beyond, zeros are written ahead of the additions (zero_sums()). On an H200:
 // causal S 512 storing is 1 to 4 % faster (256 by 6, two cards' runs held together); S 1024 zeros by 1 to 4 %, causal 0
-// to 3, D 128 2048 2 and 4, beyond that 0 to 1.
+// to 3, D 128 2048 by 2 and 4; D 64 from 2048 on and what is longer the same within the noise.
 constexpr int kStoredKeys = 512;
 static_assert(kStoredKeys >= kFinishedKeys);  // who finishes dq has no zeros
 

@@ -94,7 +94,7 @@ template <class Traits>
 __device__ __forceinline__ void add_dq(const AttentionParams& p, const typename Traits::DqSums& accumulator,
                                        const BackwardGrid& grid, const BackwardShared<Traits>& shared) {
   if (!elect_one()) return;
-  wait_for_kernel_before();  // which may have zeroed the accumulator
+  wait_for_kernel_before();  // which has set the counters
   uint32_t step = 0;
   int32_t* arrived = nullptr;  // this counter grows by so much when what was added last has arrived
   int32_t count = 0;
