@@ -72,16 +72,15 @@ def generate(build_dir: str | Path) -> list[str]:
     """
     folder = Path(build_dir) / "instances"
     folder.mkdir(parents=True, exist_ok=True)
+    kernels = [(arch, which, [str(d)], _variants(arch, which, d)) for d, (arch, which) in product(HEAD_DIMS, KERNELS)]
+    kernels += [(arch, "bias_gradient", [], BIAS_GRADIENTS) for arch in ("sm80", "sm90")]
     files = []  # how long it takes, name, text
-    for head_dim, (arch, which) in product(HEAD_DIMS, KERNELS):
-        alone = arch == "sm90" and head_dim in (64, 128)  # several kernels each, for kinds of masks and tiles
-        for cost, group in _files(arch, _variants(arch, which, head_dim), alone):
-            name = f"{arch}_{which}_{head_dim}_{'_'.join(group)}.cu"
-            files.append((cost, name, _text(arch, which, [f", {head_dim}, {VARIANTS[v]}" for v in group])))
-    for arch in ("sm80", "sm90"):
-        for cost, group in _files(arch, BIAS_GRADIENTS, alone=arch == "sm90"):
-            name = f"{arch}_bias_gradient_{'_'.join(group)}.cu"
-            files.append((cost, name, _text(arch, "bias_gradient", [f", {VARIANTS[v]}" for v in group])))
+    for arch, which, head_dim, variants in kernels:
+        # Several kernels each, for kinds of masks and tiles; of a bias's gradient for head dimensions.
+        alone = arch == "sm90" and head_dim in (["64"], ["128"], [])
+        for cost, group in _files(arch, variants, alone):
+            mores = ["".join(f", {x}" for x in [*head_dim, VARIANTS[variant]]) for variant in group]
+            files.append((cost, "_".join([arch, which, *head_dim, *group]) + ".cu", _text(arch, which, mores)))
     texts = {name: text for _, name, text in sorted(files, key=lambda file: -file[0])}
     for name, text in texts.items():
         path = folder / name

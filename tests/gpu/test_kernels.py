@@ -117,9 +117,9 @@ def test_many_sequences_of_unlike_lengths(head_dim, causal):
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
 def test_every_row_of_dq_is_written(head_dim, seqlen_k, deterministic):
     """Rows that are computed and see keys or not, in tiles that some key tile reaches or none does."""
-    q, k, v = make_qkv("cuda", torch.bfloat16, 6, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
-    keys = [[0, seqlen_k], [0, 0], [60, 61], [37, seqlen_k - 10], [seqlen_k, seqlen_k], [40, 80]]
-    rows = [[0, 450], [0, 450], [10, 40], [150, 150], [64, 128], [300, 450]]
+    q, k, v = make_qkv("cuda", torch.bfloat16, 7, 450, seqlen_k, heads=4, heads_k=2, head_dim=head_dim)
+    keys = [[0, seqlen_k], [0, 0], [60, 61], [37, seqlen_k - 10], [seqlen_k, seqlen_k], [40, 80], [0, seqlen_k]]
+    rows = [[0, 450], [0, 450], [13, 70], [150, 150], [64, 128], [300, 450], [10, 40]]
     ranges = {"key_range": int32(keys, "cuda"), "query_range": int32(rows, "cuda")}
     for options in ({}, ranges, ranges | {"dropout_p": 0.1, "dropout_seed": seed_tensor(3, "cuda")}):
         poison_freed_memory()

@@ -13,8 +13,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 @pytest.mark.parametrize("kind", ["plain", "causal", "window", "packed", "long", "long packed"])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(72, 72), (128, 128), (40, 104)])
 def test_long_calls_of_wide_heads(dtype, head_dim, head_dim_v, kind, deterministic):
-    """Lengths that end within a tile of 80 rows, masks, a packed batch with an empty sequence, many key
-    tiles. The plain deterministic call is the other kernel's.
+    """Lengths that end within a tile of 80 rows, masks, a packed batch with an empty sequence, many keys. The plain
+    deterministic call is the other kernel's.
     """
     poison_freed_memory()
     shapes = {"packed": (None, 1900, 2300), "long packed": (None, 1900, 5700), "long": (1, 530, 9000)}
