@@ -26,7 +26,7 @@ CPU = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -DHF_FLASH_CPU"
 NVCC = "-O3 -std=c++17 --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 # mma.sync kernels: machine code for Ampere and Hopper, PTX for what comes later. Hopper's own kernels need sm_90a.
 GENCODE = "-gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90,code=sm_90"
-GENCODE_SM90 = "-gencode arch=compute_90a,code=sm_90a"
+GENCODE_ONCE = "-gencode arch=compute_80,code=[sm_80,sm_90,compute_80]"  # of those that use nothing of sm_90's own
 PYPI_NVCC = ["nvidia-cuda-nvcc>=13", "nvidia-cuda-runtime>=13", "nvidia-cuda-cccl>=13"]
 
 
@@ -111,9 +111,10 @@ def build_cuda(folder: Path, torch: Path, library: Path, nvcc: Path) -> None:
     file.compiler("cxx", f"{CXX} {HOST} -O2 -DHF_FLASH_CUDA {TORCH_TARGET} -I{CSRC} -isystem {torch}/include")
     flags = f"{NVCC} {os.environ.get('NVCC_APPEND_FLAGS', '')}".rstrip()  # which nvcc reads: ninja must see them
     file.compiler("nvcc", f"{nvcc} {flags} -I{CSRC} {GENCODE}", log=True)
-    file.compiler("nvcc_sm90", f"{nvcc} {flags} -I{CSRC} {GENCODE_SM90}", log=True)
-    for source in map(Path, instances.generate(folder)):
-        file.compile("nvcc_sm90" if source.name.startswith("sm90") else "nvcc", source)
+    file.compiler("nvcc_sm90", f"{nvcc} {flags} -I{CSRC} -gencode arch=compute_90a,code=sm_90a", log=True)
+    file.compiler("nvcc_once", f"{nvcc} {flags} -I{CSRC} {GENCODE_ONCE}", log=True)
+    for path in map(Path, instances.generate(folder)):
+        file.compile("nvcc_sm90" if "sm90" in path.name else "nvcc" if "backward" in path.name else "nvcc_once", path)
     for source in [CSRC / "dispatch.cu", *sorted(CSRC.glob("portable/*.cu")), *sorted(CSRC.glob("sm90/*.cu"))]:
         file.compile("nvcc", source)
     file.compile("cxx", CSRC / "bindings.cpp")
@@ -155,6 +156,5 @@ setup(
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    # For isolated builds, beside pyproject.toml's list.
-    setup_requires=PYPI_NVCC if WITH_CUDA and NVCC_PATH is None else [],
+    setup_requires=PYPI_NVCC if WITH_CUDA and NVCC_PATH is None else [],  # isolated builds; beside pyproject.toml's
 )

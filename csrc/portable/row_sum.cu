@@ -89,8 +89,13 @@ void row_sum(const AttentionParams& p, const Accumulator& accumulator, cudaStrea
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("hf_flash: batch * heads * seqlen_q is too large for one launch");
   with_element(p.dtype, [&](auto element) {
-    row_sum_kernel<decltype(element)>
-        <<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks, stay_cached(p));
+    using Element = decltype(element);
+    if constexpr (sizeof(Element) == 2 || std::is_same_v<Accumulator, DqAccumulator>) {
+      row_sum_kernel<Element>
+          <<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p, accumulator, row_blocks, stay_cached(p));
+    } else {
+      throw std::runtime_error("hf_flash: the backward's kernels serve 16-bit dtypes");
+    }
   });
   check_launch("row_sum");
 }

@@ -10,6 +10,7 @@
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile_range.cuh"
+#include "instructions/unroll.cuh"
 #include "portable/cuda_call.h"
 #include "sm80/bias_tile.cuh"
 #include "sm80/config.h"
@@ -146,12 +147,12 @@ struct ForwardWarp {
 
   // s = Q K^T, all of the tile.
   __device__ __forceinline__ void scores() {
-#pragma unroll
-    for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
+    unrolled<Traits::kKeys / Traits::kBlock>([&](auto block) {
+      constexpr int b = decltype(block)::value;
       clear_scores(b);
 #pragma unroll
       for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
-    }
+    });
     take_max();
   }
 
@@ -161,8 +162,7 @@ struct ForwardWarp {
   template <bool NEXT, class StartCopies>
   __device__ __forceinline__ void attend(const StartCopies& start_copies, float factor,
                                          const FragmentDropout<false>& dropout, int i_block, int j_block) {
-#pragma unroll
-    for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) {
+    const auto attend_to_block = [&](int b) {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
       softmax.exponentiate(s, factor, b * Traits::kBlock / 8, Traits::kBlock / 8);
       to_operand<T>(probabilities, s, b * Traits::kBlock / 16);
@@ -181,6 +181,12 @@ struct ForwardWarp {
         multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, v_tile, b * Traits::kBlock / 16 + k, 0);
       }
       if constexpr (NEXT) take_max(b);
+    };
+    if constexpr (Traits::kDropout && !Traits::kEveryTerm) {  // ptxas spills where these are unrolled early
+#pragma unroll
+      for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) attend_to_block(b);
+    } else {
+      unrolled<Traits::kKeys / Traits::kBlock>([&](auto b) { attend_to_block(decltype(b)::value); });
     }
   }
 

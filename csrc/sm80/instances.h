@@ -1,5 +1,5 @@
-// The compiled variants of the mma.sync kernels: what dispatch.cu may call and what instances.py generates, one file
-// each. Few axes are worth machine code of their own; everything else is decided at run time.
+// The compiled variants of the mma.sync kernels: what dispatch.cu may call and what instances.py generates. Few axes
+// are worth machine code of their own; everything else is decided at run time.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -5,6 +5,7 @@
 
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
+#include "instructions/unroll.cuh"
 #include "sm90/forward_layout.cuh"
 #include "tile/warp_multiply.cuh"
 
@@ -52,8 +53,8 @@ __device__ __forceinline__ void exponentiate_again(ForwardWarpgroup<Traits>& sta
   }
   if (state.softmax.raise_max(top, state.factor, correction, 0.0f)) OnlineSoftmax<16>::rescale(state.out, correction);
 
-#pragma unroll
-  for (int key = 0; key < kKeys; key += kPart) {
+  unrolled<kKeys / kPart>([&](auto number) {
+    constexpr int key = kPart * decltype(number)::value;
     RowVector<16> part_sum;
     OperandA<16, kPart> rounded;
     score(key);
@@ -77,7 +78,7 @@ __device__ __forceinline__ void exponentiate_again(ForwardWarpgroup<Traits>& sta
         to[2 + i] = rounded.x[0][block][2 + i];
       }
     }
-  }
+  });
 }
 
 }  // namespace hf_flash::sm90

@@ -27,7 +27,7 @@ ALLOWED: dict[str, str] = {
 }
 
 # What each rule of setup.py compiles for; PTX for newer GPUs comes from the mma.sync kernels' compute_80.
-TARGETS = {"nvcc": {"sm_80", "sm_90"}, "nvcc_sm90": {"sm_90a"}}
+TARGETS = {"nvcc": {"sm_80", "sm_90"}, "nvcc_once": {"sm_80", "sm_90"}, "nvcc_sm90": {"sm_90a"}}
 LARGEST_MIB = 25
 
 OBJECT = re.compile(r"^build (\S+\.o): (nvcc\w*) ", re.MULTILINE)
