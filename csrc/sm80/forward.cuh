@@ -147,8 +147,7 @@ struct ForwardWarp {
 
   // s = Q K^T, all of the tile.
   __device__ __forceinline__ void scores() {
-    unrolled<Traits::kKeys / Traits::kBlock>([&](auto block) {
-      constexpr int b = decltype(block)::value;
+    unrolled<Traits::kKeys / Traits::kBlock>([&](int b) {
       clear_scores(b);
 #pragma unroll
       for (int k = 0; k < Traits::kDepth; ++k) score_step(b, k);
@@ -162,7 +161,8 @@ struct ForwardWarp {
   template <bool NEXT, class StartCopies>
   __device__ __forceinline__ void attend(const StartCopies& start_copies, float factor,
                                          const FragmentDropout<false>& dropout, int i_block, int j_block) {
-    const auto attend_to_block = [&](int b) {
+    constexpr bool kEarly = !Traits::kDropout || Traits::kEveryTerm;  // with dropout alone ptxas spills then
+    unrolled<Traits::kKeys / Traits::kBlock, kEarly>([&](int b) {
       OperandA<kWarpRows, Traits::kBlock> probabilities;
       softmax.exponentiate(s, factor, b * Traits::kBlock / 8, Traits::kBlock / 8);
       to_operand<T>(probabilities, s, b * Traits::kBlock / 16);
@@ -181,13 +181,7 @@ struct ForwardWarp {
         multiply<T, Traits::kHeadDim / 16>(out, 0, probabilities, k, v_tile, b * Traits::kBlock / 16 + k, 0);
       }
       if constexpr (NEXT) take_max(b);
-    };
-    if constexpr (Traits::kDropout && !Traits::kEveryTerm) {  // ptxas spills where these are unrolled early
-#pragma unroll
-      for (int b = 0; b < Traits::kKeys / Traits::kBlock; ++b) attend_to_block(b);
-    } else {
-      unrolled<Traits::kKeys / Traits::kBlock>([&](auto b) { attend_to_block(decltype(b)::value); });
-    }
+    });
   }
 
   // Zeroes what dropout drops. Two 16 x 16 blocks a draw: one above the other where the warp has 32 rows, else side by

@@ -53,8 +53,8 @@ __device__ __forceinline__ void exponentiate_again(ForwardWarpgroup<Traits>& sta
   }
   if (state.softmax.raise_max(top, state.factor, correction, 0.0f)) OnlineSoftmax<16>::rescale(state.out, correction);
 
-  unrolled<kKeys / kPart>([&](auto number) {
-    constexpr int key = kPart * decltype(number)::value;
+  unrolled<kKeys / kPart>([&](int number) {
+    const int key = kPart * number;
     RowVector<16> part_sum;
     OperandA<16, kPart> rounded;
     score(key);
